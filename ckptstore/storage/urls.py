@@ -1,0 +1,65 @@
+"""From a path or URL to the storage behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote
+
+from ckptstore.errors import StorageError
+from ckptstore.storage.base import Storage
+from ckptstore.storage.local import LocalStorage
+from ckptstore.storage.memory import MemoryStorage
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
+
+
+def open_storage(url: str | os.PathLike[str], *, read_only: bool = False) -> Storage:
+    """The storage at a path, ``file:///absolute/path`` or ``memory://name``. Creates nothing.
+
+    Raises:
+        NotFoundError: opened read-only, and there is nothing.
+        StorageError: no such scheme, a URL that carries secrets, or a place that can't hold checkpoints.
+    """
+    text = os.fspath(url)
+    match = _SCHEME.match(text)
+    if match is None:
+        return LocalStorage(_expanded(text), read_only=read_only)
+    scheme, rest = match[1].lower(), match[3]
+    if not match[2]:
+        raise StorageError(f"a URL needs two slashes, {scheme}://; pathlib.Path removes one, so give it as text")
+    _refuse_secrets(scheme, rest)
+    if scheme == "file":
+        return LocalStorage(_file_path(rest), read_only=read_only)
+    if scheme == "memory":
+        return _open_memory(rest, read_only=read_only)
+    raise StorageError(f"{scheme}:// is not supported. Give a path, file:///absolute/path or memory://name")
+
+
+def _expanded(path: str) -> str:
+    if not path:
+        raise StorageError("the path is empty; '.' is the current folder")
+    if "\0" in path:
+        raise StorageError("the path contains a NUL byte")
+    return os.path.expanduser(path)
+
+
+def _refuse_secrets(scheme: str, rest: str) -> None:
+    # The message must not repeat the URL: it would end up in logs and bug reports.
+    if "@" in rest.partition("/")[0]:
+        raise StorageError(f"this {scheme}:// URL has a user or password in it. Give credentials by the environment")
+    if "?" in rest or "#" in rest:
+        raise StorageError(f"this {scheme}:// URL has a '?' or '#' part, which may hold secrets. Leave it out")
+
+
+def _file_path(rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise StorageError("a file URL has an absolute path and no host: file:///absolute/path")
+    return _expanded("/" + unquote(path))
+
+
+def _open_memory(name: str, *, read_only: bool) -> Storage:
+    if not name.strip("/"):
+        raise StorageError("a memory URL needs a name: memory://name")
+    return MemoryStorage(name.strip("/"), read_only=read_only)
