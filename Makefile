@@ -1,0 +1,41 @@
+# Everything on a fresh machine: Python 3.11 or newer with pip, nothing else.
+#   make demo       train, kill, resume, damage, verify: the main job, in under 3 minutes
+#   make test       the tests, faults sampled: under 10 minutes on 2 cores
+#   make test-all   the tests, every fault point
+#   make check      ruff and mypy
+PYTHON ?= python3
+# The exact build that is tested; ckptstore itself takes any torch from 2.6 on.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-all check bench schema clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/demo.py runs/demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest --full
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks
+
+schema: $(VENV)/ready
+	$(BIN)/python -m ckptstore.format.schema
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

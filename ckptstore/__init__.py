@@ -1,0 +1,90 @@
+"""Checkpoints that are there when you need them: saved atomically, proven on every load.
+
+>>> import ckptstore as cs
+>>> store = cs.open("memory://docs")
+>>> saved = store.save({"weights": [1.0, 2.0]}, step=1)
+>>> store.load("latest")
+{'weights': [1.0, 2.0]}
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptstore.engine.catalogue import Checkpoint, Damage
+    from ckptstore.errors import (
+        CheckpointError,
+        CommitUnknownError,
+        ExistsError,
+        FormatError,
+        IntegrityError,
+        NoCheckpointError,
+        NotFoundError,
+        SaveFailedError,
+        StaleWriterError,
+        StateError,
+        StorageError,
+        StorageFullError,
+        UnavailableError,
+    )
+    from ckptstore.maintenance.prune import PruneReport
+    from ckptstore.maintenance.verify import VerifyReport
+    from ckptstore.state.random import RNG
+    from ckptstore.state.registry import register_type
+    from ckptstore.store import DamageWarning, FallbackWarning, Loaded, Store, open
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RNG",
+    "Checkpoint",
+    "CheckpointError",
+    "CommitUnknownError",
+    "Damage",
+    "DamageWarning",
+    "ExistsError",
+    "FallbackWarning",
+    "FormatError",
+    "IntegrityError",
+    "Loaded",
+    "NoCheckpointError",
+    "NotFoundError",
+    "PruneReport",
+    "SaveFailedError",
+    "StaleWriterError",
+    "StateError",
+    "StorageError",
+    "StorageFullError",
+    "Store",
+    "UnavailableError",
+    "VerifyReport",
+    "__version__",
+    "open",
+    "register_type",
+]
+
+_HOMES = {
+    "ckptstore.engine.catalogue": ("Checkpoint", "Damage"),
+    "ckptstore.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "ckptstore.maintenance.prune": ("PruneReport",),
+    "ckptstore.maintenance.verify": ("VerifyReport",),
+    "ckptstore.state.random": ("RNG",),
+    "ckptstore.state.registry": ("register_type",),
+    "ckptstore.store": ("DamageWarning", "FallbackWarning", "Loaded", "Store", "open"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `ckptstore --help` answers at once, and looking needs no torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'ckptstore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

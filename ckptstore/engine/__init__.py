@@ -1,0 +1,1 @@
+"""One checkpoint: blocks through the pipeline, the commit register, and back."""

@@ -1,0 +1,60 @@
+"""The bounded pool of aligned buffers through which every byte goes, both ways."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from ckptstore.format.tensorfile import BLOCK_BYTES
+
+POOL_BYTES = 64 << 20
+_GIL_WORTH_RELEASING_BYTES = 1 << 16
+
+
+class BufferPool:
+    """Buffers of one block each, page-aligned, allocated when first needed and used again.
+
+    Args:
+        total_bytes: upper bound of the memory held; at least two blocks.
+    """
+
+    def __init__(self, total_bytes: int = POOL_BYTES) -> None:
+        self.buffers = max(2, total_bytes // BLOCK_BYTES)
+        self._unallocated = self.buffers
+        self._free: list[mmap.mmap] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def lease(self, count: int = 1) -> Iterator[list[memoryview]]:
+        """``count`` buffers of 16 MiB, taken all at once so that two leases can't wait for each other."""
+        maps = self._take(count)
+        views = [memoryview(m) for m in maps]
+        try:
+            yield views
+        finally:
+            for view in views:
+                view.release()
+            with self._changed:
+                self._free += maps
+                self._changed.notify_all()
+
+    def _take(self, count: int) -> list[mmap.mmap]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._free) + self._unallocated >= count)
+            while len(self._free) < count:
+                self._unallocated -= 1
+                # Anonymous maps begin on a page, as direct I/O demands.
+                self._free.append(mmap.mmap(-1, BLOCK_BYTES))
+            return [self._free.pop() for _ in range(count)]
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy equally many bytes; NumPy for long runs, because it lets other threads go on meanwhile."""
+    if len(source) < _GIL_WORTH_RELEASING_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

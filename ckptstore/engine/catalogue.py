@@ -1,0 +1,187 @@
+"""Which checkpoints exist: the commit records minus the tombstones, in order; nothing else counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ckptstore.engine.commit import parse_fate
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
+from ckptstore.format import layout
+from ckptstore.format.layout import CheckpointId, parse_id
+from ckptstore.format.records import SMALL_LIMIT, CommitRecord, HoldRecord, unseal
+from ckptstore.storage.base import Entry, Storage
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed checkpoint, as its commit record tells it.
+
+    Attributes:
+        id: unique name; ids order by writer and sequence.
+        step: completed optimizer steps.
+        epoch: completed epochs, or None where it was not said.
+        metrics: what was measured, by name.
+        modes: for each metric, whether "min" or "max" is best.
+        reasons: why it was saved, as text.
+        created: UTC time by the writer's clock, for people.
+        parameters: elements in the parameters of all modules.
+        tensors, files: how many it holds.
+        raw_bytes, stored_bytes: size in memory and on storage.
+        world_size: ranks that wrote it.
+    """
+
+    id: str
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    modes: Mapping[str, str]
+    reasons: Sequence[str]
+    created: datetime
+    parameters: int
+    tensors: int
+    files: int
+    raw_bytes: int
+    stored_bytes: int
+    world_size: int
+    record: CommitRecord = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, record: CommitRecord) -> Checkpoint:
+        """The checkpoint that ``record`` commits.
+
+        Raises:
+            FormatError: its time can't be read.
+        """
+        try:
+            created = datetime.fromisoformat(record.created)
+        except ValueError as error:
+            raise FormatError(f"{record.id} was created at {record.created[:40]!r}, which is no time") from error
+        return cls(
+            id=record.id,
+            step=record.step,
+            epoch=record.epoch,
+            metrics=record.values(),
+            modes=dict(record.modes),
+            reasons=tuple(record.reasons),
+            created=created,
+            parameters=record.parameters,
+            tensors=record.tensors,
+            files=record.files,
+            raw_bytes=record.raw_bytes,
+            stored_bytes=record.stored_bytes,
+            world_size=record.world_size,
+            record=record,
+        )
+
+    @property
+    def order(self) -> CheckpointId:
+        """Sorts checkpoints from oldest to newest."""
+        return parse_id(self.id)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something on storage that is not what was saved.
+
+    Attributes:
+        key: the object.
+        problem: what is wrong, for a person.
+        id: the checkpoint concerned, where known.
+        block: number of the block, where one is concerned.
+        tensors: names of the tensors that have bytes there.
+    """
+
+    key: str
+    problem: str
+    id: str | None = None
+    block: int | None = None
+    tensors: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that the register says."""
+
+    checkpoints: Sequence[Checkpoint]
+    """Existing, oldest first."""
+    buried: Sequence[Checkpoint]
+    """Committed, with a tombstone beside them."""
+    condemned: frozenset[CheckpointId]
+    damaged: Sequence[Damage]
+    """Records in commits/ that can't be read; what they committed is neither there nor gone."""
+    highest: CheckpointId | None
+    """The highest id in commits/, of whatever kind."""
+
+    @property
+    def store_id(self) -> str | None:
+        """The store's id as its commits tell it."""
+        return next((c.record.store_id for c in (*self.checkpoints, *self.buried)), None)
+
+
+Cache = dict[str, CommitRecord | None]
+"""Fates read before by key (None for condemned). Records never change, so this never goes stale."""
+
+
+def scan(storage: Storage, store_id: str | None, cache: Cache | None = None) -> Catalogue:
+    """Read every commit record; ``store_id`` where known must be theirs.
+
+    Raises:
+        StorageError: the listing is incomplete. Never taken for "empty".
+    """
+    cache = {} if cache is None else cache
+    entries = storage.list(layout.COMMITS)
+    # Tombstones after commits: what is buried between the two listings is then seen as buried.
+    graves = {layout.record_id(entry.key) for entry in storage.list(layout.TRASH)}
+    live: list[Checkpoint] = []
+    buried: list[Checkpoint] = []
+    condemned: set[CheckpointId] = set()
+    damaged: list[Damage] = []
+    ids = []
+    for entry in entries:
+        id = layout.record_id(entry.key)
+        if id is None:
+            continue
+        ids.append(id)
+        try:
+            record = _fate(storage, entry, cache)
+            if record is None:
+                condemned.add(id)
+                continue
+            if store_id is not None and record.store_id != store_id:
+                raise IntegrityError(f"{entry.key} belongs to another store ({record.store_id})", key=entry.key)
+            (buried if id in graves else live).append(Checkpoint.of(record))
+        except NotFoundError:
+            continue
+        except (IntegrityError, FormatError) as error:
+            damaged.append(Damage(entry.key, str(error), id=str(id)))
+    live.sort(key=lambda c: c.order)
+    buried.sort(key=lambda c: c.order)
+    return Catalogue(live, buried, frozenset(condemned), damaged, max(ids, default=None))
+
+
+def _fate(storage: Storage, entry: Entry, cache: Cache) -> CommitRecord | None:
+    if entry.key not in cache:
+        fate = parse_fate(storage.read(entry.key, limit=SMALL_LIMIT), entry.key)
+        cache[entry.key] = fate if isinstance(fate, CommitRecord) else None
+    return cache[entry.key]
+
+
+def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
+    """The id that each hold pins, by the hold's name, and the holds that can't be read."""
+    holds: dict[str, str] = {}
+    damaged = []
+    for entry in storage.list(layout.HOLDS):
+        name = layout.hold_name(entry.key)
+        if name is None:
+            continue
+        try:
+            holds[name] = unseal(storage.read(entry.key, limit=SMALL_LIMIT), entry.key, [HoldRecord]).id
+        except NotFoundError:
+            continue
+        except CheckpointError as error:
+            if not isinstance(error, IntegrityError | FormatError):
+                raise
+            damaged.append(Damage(entry.key, str(error)))
+    return holds, damaged

@@ -1,0 +1,176 @@
+"""The commit register: one create-once key decides the fate of each checkpoint.
+
+Whoever wants a checkpoint to exist creates ``commits/<id>.json`` as "commit"; whoever wants to collect an
+unfinished one creates the same key as "condemned". One register, one winner, no clock.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+
+from ckptstore.errors import (
+    CommitUnknownError,
+    ExistsError,
+    IntegrityError,
+    NotFoundError,
+    SaveFailedError,
+    StaleWriterError,
+    StorageError,
+)
+from ckptstore.format import layout
+from ckptstore.format.digest import BLOCK_DIGEST
+from ckptstore.format.layout import CheckpointId
+from ckptstore.format.records import SMALL_LIMIT, CommitRecord, CondemnedRecord, StoreRecord, WriterRecord, now, seal, unseal
+from ckptstore.storage.base import Storage
+
+_CLAIM_ROUNDS = 1000
+
+
+def read_store(storage: Storage) -> StoreRecord:
+    """``store.json``.
+
+    Raises:
+        NotFoundError: there is no store here.
+        IntegrityError, FormatError: it is damaged, or of a newer format.
+    """
+    return unseal(storage.read(layout.STORE, limit=SMALL_LIMIT), layout.STORE, [StoreRecord])
+
+
+def ensure_store(storage: Storage, *, known_id: str | None = None) -> StoreRecord:
+    """``store.json``, created if missing; ``known_id`` is the store's id where its commits still tell it."""
+    try:
+        return read_store(storage)
+    except NotFoundError:
+        from ckptstore import __version__
+
+        store_id = known_id or secrets.token_hex(16)
+        record = StoreRecord(
+            store_id=store_id, digest=BLOCK_DIGEST, created=now(), created_by=f"ckptstore {__version__}"
+        )
+        try:
+            storage.create(layout.STORE, seal(record))
+        except ExistsError:
+            return read_store(storage)
+        return record
+
+
+def writers(storage: Storage) -> list[int]:
+    """The numbers of all writers that ever claimed the store, ascending."""
+    numbers = (layout.writer_number(entry.key) for entry in storage.list(layout.WRITERS))
+    return sorted(n for n in numbers if n is not None)
+
+
+def claim_writer(storage: Storage, store_id: str, *, above: int) -> int:
+    """Become the newest writer: the number created, higher than ``above`` and than every other."""
+    for _ in range(_CLAIM_ROUNDS):
+        number = 1 + max([above, *writers(storage)])
+        record = WriterRecord(
+            writer=number, store_id=store_id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
+        )
+        try:
+            storage.create(layout.writer_key(number), seal(record))
+        except ExistsError:
+            continue
+        return number
+    raise StorageError(f"{storage.url}: another writer took every number tried in writers/")
+
+
+def check_fence(storage: Storage, number: int) -> None:
+    """Nothing, as long as ``number`` is the newest writer.
+
+    Raises:
+        StaleWriterError: a newer one has claimed the store.
+    """
+    newest = max(writers(storage), default=0)
+    if newest > number:
+        raise StaleWriterError(
+            f"{storage.url}: writer {newest} has opened this store after writer {number} (this run). "
+            "Nothing saved here could become 'latest' any more: stop this run, or open a store of its own for it"
+        )
+
+
+def read_fate(storage: Storage, id: CheckpointId) -> CommitRecord | CondemnedRecord:
+    """What ``commits/<id>.json`` says.
+
+    Raises:
+        NotFoundError: the fate is open.
+        IntegrityError, FormatError: the record is damaged.
+    """
+    key = layout.commit_key(id)
+    return parse_fate(storage.read(key, limit=SMALL_LIMIT), key)
+
+
+def parse_fate(data: bytes, key: str) -> CommitRecord | CondemnedRecord:
+    """The record that stands under ``key``.
+
+    Raises:
+        IntegrityError, FormatError: it is damaged, or belongs under another key.
+    """
+    kinds: list[type[CommitRecord | CondemnedRecord]] = [CommitRecord, CondemnedRecord]
+    record = unseal(data, key, kinds)
+    if layout.COMMITS + record.id + ".json" != key:
+        raise IntegrityError(f"{key} holds the record of {record.id}", key=key, expected=key, actual=record.id)
+    return record
+
+
+def commit(storage: Storage, id: CheckpointId, record: CommitRecord) -> None:
+    """Make the checkpoint exist: durable and read back, or an error that says what is certain.
+
+    Raises:
+        SaveFailedError: certainly not committed.
+        CommitUnknownError: it may be; nothing was deleted.
+    """
+    key, data = layout.commit_key(id), seal(record)
+    unknown: StorageError | None = None
+    try:
+        storage.create(key, data)
+    except ExistsError:
+        # Ours, if an answer was lost on the way and the request came twice.
+        pass
+    except StorageError as error:
+        if error.outcome == "failed":
+            raise
+        unknown = error
+    _confirm(storage, id, data, unknown)
+
+
+def _confirm(storage: Storage, id: CheckpointId, data: bytes, unknown: StorageError | None) -> None:
+    key = layout.commit_key(id)
+    question = CommitUnknownError(
+        f"{id}: whether it was committed is unknown ({unknown}); store.resolve({str(id)!r}) tells once the storage answers",
+        id=str(id),
+        step=id.step,
+        key=key,
+    )
+    # A failed fsync can't be repeated: the record is visible then, but not proven to be durable.
+    if unknown is not None and not unknown.transient:
+        raise question from unknown
+    try:
+        found = storage.read(key, limit=SMALL_LIMIT)
+    except StorageError as error:
+        raise question from error
+    except NotFoundError as error:
+        raise question from error
+    if found == data:
+        return
+    if isinstance(parse_fate(found, key), CondemnedRecord):
+        raise SaveFailedError(
+            f"{id} was condemned as a leftover while it was being saved; save again", id=str(id), step=id.step, key=key
+        )
+    raise IntegrityError(f"{key} was read back with other bytes than were written", id=str(id), step=id.step, key=key)
+
+
+def condemn(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> bool:
+    """Decide that an unfinished checkpoint never will exist; False if it was committed first.
+
+    Raises:
+        StorageError: undecided; nothing may be deleted.
+    """
+    record = CondemnedRecord(store_id=store_id, id=str(id), created=now(), reason=reason[:1000])
+    try:
+        storage.create(layout.commit_key(id), seal(record))
+    except ExistsError:
+        return isinstance(read_fate(storage, id), CondemnedRecord)
+    return True

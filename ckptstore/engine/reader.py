@@ -1,0 +1,281 @@
+"""Blocks from storage into memory: read, check, decode, copy; nothing unchecked reaches a tensor.
+
+Works without torch: where bytes go is up to whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+from ckptstore.engine.buffers import BufferPool, copy_bytes
+from ckptstore.engine.workers import run
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
+from ckptstore.format import layout
+from ckptstore.format.codecs import decode
+from ckptstore.format.digest import block_digest, sha256
+from ckptstore.format.layout import parse_id
+from ckptstore.format.records import (
+    MANIFEST_LIMIT,
+    PART_LIMIT,
+    BlockEntry,
+    CommitRecord,
+    FileEntry,
+    ManifestRecord,
+    PartRecord,
+    Sealed256,
+    TensorEntry,
+    parse,
+)
+from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile
+from ckptstore.storage.base import ALIGNMENT, ObjectReader, Storage
+
+Progress = Callable[[int, int], None]
+
+
+class Sink(Protocol):
+    """Where a tensor's bytes go."""
+
+    def host(self) -> memoryview: ...
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data file of a checkpoint, as its part describes it."""
+
+    entry: FileEntry
+    stream: TensorFile
+
+    @property
+    def key(self) -> str:
+        return layout.file_key(parse_id(self.entry.owner), self.entry.name)
+
+    def name(self, index: int) -> str:
+        """Full name in the state of tensor number ``index``."""
+        return self.entry.prefix + self.entry.tensors[index].name
+
+    def names_in(self, block: int) -> list[str]:
+        """The tensors that have bytes in block number ``block``."""
+        return [self.name(piece.row) for piece in self.stream.pieces(block)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, after manifest and parts were proven against the commit record."""
+
+    commit: CommitRecord
+    digest: str
+    parts: Sequence[PartRecord]
+
+    @cached_property
+    def files(self) -> list[DataFile]:
+        return [DataFile(entry, entry.layout()) for part in self.parts for entry in part.files]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor's stored form by its full name in the state."""
+        found: dict[str, TensorEntry] = {}
+        for file in self.files:
+            for entry in file.entry.tensors:
+                if found.setdefault(file.entry.prefix + entry.name, entry) is not entry:
+                    raise FormatError(f"{self.commit.id} lists tensor {entry.name[:80]!r} twice", id=self.commit.id)
+        return found
+
+
+class BlockTask(NamedTuple):
+    """One block to be read, and the pieces of it that are wanted."""
+
+    file: DataFile
+    reader: ObjectReader
+    number: int
+    pieces: list[Piece]
+
+
+def read_contents(storage: Storage, commit: CommitRecord) -> Contents:
+    """Manifest and parts of a committed checkpoint, each checked against who points at it.
+
+    Raises:
+        IntegrityError: missing, or other bytes than were committed.
+        FormatError: malformed or of a newer format.
+    """
+    id = parse_id(commit.id)
+    key = layout.manifest_key(id)
+    manifest = parse(_read_sealed(storage, key, commit.manifest, commit.id), key, ManifestRecord, limit=MANIFEST_LIMIT)
+    if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
+        raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
+    parts = []
+    for wanted in manifest.parts:
+        key = layout.part_key(id, wanted.rank)
+        part = parse(_read_sealed(storage, key, wanted, commit.id), key, PartRecord, limit=PART_LIMIT)
+        if (part.id, part.rank) != (commit.id, wanted.rank):
+            raise IntegrityError(f"{key} belongs to rank {part.rank} of {part.id}", id=commit.id, key=key)
+        parts.append(part)
+    return Contents(commit, manifest.digest, parts)
+
+
+def _read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str) -> bytes:
+    try:
+        size = storage.size(key)
+        data = storage.read(key, limit=wanted.size) if size == wanted.size else b""
+    except NotFoundError as error:
+        raise IntegrityError(f"{key} is missing", id=id, key=key) from error
+    if size != wanted.size:
+        raise IntegrityError(
+            f"{key} has {size} bytes, {wanted.size} were saved", id=id, key=key, expected=wanted.size, actual=size
+        )
+    actual = sha256(data)
+    if actual != wanted.sha256:
+        raise IntegrityError(
+            f"{key} is damaged: its SHA-256 differs", id=id, key=key, expected=wanted.sha256, actual=actual
+        )
+    return data
+
+
+def open_file(storage: Storage, file: DataFile, id: str) -> ObjectReader:
+    """A data file, opened.
+
+    Raises:
+        IntegrityError: missing, or longer or shorter than it was saved.
+    """
+    try:
+        reader = storage.open_reader(file.key)
+    except NotFoundError as error:
+        raise IntegrityError(f"{file.key} is missing", id=id, key=file.key) from error
+    if reader.size != file.entry.stored_bytes:
+        size = reader.size
+        reader.close()
+        raise IntegrityError(
+            f"{file.key} has {size} bytes, {file.entry.stored_bytes} were saved",
+            id=id,
+            key=file.key,
+            expected=file.entry.stored_bytes,
+            actual=size,
+        )
+    return reader
+
+
+def read_tensors(
+    storage: Storage,
+    contents: Contents,
+    wanted: Mapping[str, Sink],
+    *,
+    pool: BufferPool,
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Bring the bytes of the ``wanted`` tensors into their sinks, reading only the blocks that hold them.
+
+    Raises:
+        IntegrityError: a block is damaged, also when read a second time; sinks may be partly filled.
+        StorageError: the backend failed.
+    """
+    for file in contents.files:
+        blocks = _wanted_blocks(file, wanted)
+        if not blocks:
+            continue
+        with closing(open_file(storage, file, contents.commit.id)) as reader:
+            tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
+
+            def deliver(task: BlockTask, raw: memoryview) -> None:
+                for index, begin, length, offset in task.pieces:
+                    target = wanted[task.file.name(index)].host()
+                    copy_bytes(target[begin : begin + length], raw[offset : offset + length])
+                if progress is not None:
+                    progress(len(raw), 0)
+
+            check_blocks(contents, tasks, deliver, pool=pool, threads=threads)
+
+
+def _wanted_blocks(file: DataFile, wanted: Mapping[str, Sink]) -> Iterator[tuple[int, list[Piece]]]:
+    chosen = {index for index in range(len(file.entry.tensors)) if file.name(index) in wanted}
+    if not chosen:
+        return
+    for number in range(len(file.entry.blocks)):
+        pieces = [piece for piece in file.stream.pieces(number) if piece.row in chosen]
+        if pieces:
+            yield number, pieces
+
+
+def check_blocks(
+    contents: Contents,
+    tasks: Iterator[BlockTask],
+    deliver: Callable[[BlockTask, memoryview], None],
+    *,
+    pool: BufferPool,
+    threads: int,
+    damaged: Callable[[BlockTask, CheckpointError], None] | None = None,
+) -> None:
+    """Read and check blocks in parallel; ``deliver`` gets each one's raw bytes, ``damaged`` each one's error.
+
+    Raises:
+        IntegrityError, FormatError: the first damaged block, where ``damaged`` isn't given.
+    """
+
+    def work(task: BlockTask) -> None:
+        encoded = task.file.entry.blocks[task.number].codec != "none"
+        with pool.lease(2 if encoded else 1) as buffers:
+            try:
+                raw = _read_block(contents, task, buffers)
+            except (IntegrityError, FormatError) as error:
+                if damaged is None:
+                    raise
+                damaged(task, error)
+                return
+            deliver(task, raw)
+            raw.release()
+
+    run(tasks, work, threads=min(threads, pool.buffers))
+
+
+def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) -> memoryview:
+    entry = task.file.entry.blocks[task.number]
+    try:
+        stored = _read_checked(contents, task, entry, buffers[0])
+    except IntegrityError:
+        # Once more: a flip on the way up heals by itself, one on the disk does not.
+        stored = _read_checked(contents, task, entry, buffers[0])
+    raw = stored if entry.codec == "none" else buffers[1][: entry.raw]
+    if raw is not stored:
+        decode(entry.codec, stored, raw)
+        _check(contents, task, entry.digest, raw)
+    head = task.file.stream.header_part(task.number)
+    if raw[: len(head)] != head:
+        raise FormatError(
+            f"{task.file.key} begins with another header than its part describes",
+            id=contents.commit.id,
+            key=task.file.key,
+        )
+    return raw
+
+
+def _read_checked(contents: Contents, task: BlockTask, entry: BlockEntry, buffer: memoryview) -> memoryview:
+    # Whole pages, so that direct I/O serves the last block too; a block is at most the buffer.
+    padded = min(-(-entry.length // ALIGNMENT) * ALIGNMENT, BLOCK_BYTES)
+    count = task.reader.read_into(entry.offset, buffer[:padded])
+    if count < entry.length:
+        raise _damage(contents, task, entry.length, count, f"ends after {count} of {entry.length} bytes")
+    stored = buffer[: entry.length]
+    _check(contents, task, entry.stored_digest or entry.digest, stored)
+    return stored
+
+
+def _check(contents: Contents, task: BlockTask, expected: str, data: memoryview) -> None:
+    actual = block_digest(contents.digest)(data)
+    if actual != expected:
+        raise _damage(contents, task, expected, actual, "has other bytes than were saved")
+
+
+def _damage(contents: Contents, task: BlockTask, expected: str | int, actual: str | int, what: str) -> IntegrityError:
+    names = task.file.names_in(task.number)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return IntegrityError(
+        f"block {task.number} of {task.file.key} {what}; it holds {shown or 'the header'}",
+        id=contents.commit.id,
+        key=task.file.key,
+        block=task.number,
+        expected=expected,
+        actual=actual,
+    )

@@ -1,0 +1,94 @@
+"""Selectors: how a person names a checkpoint, the same everywhere. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.errors import FormatError, NoCheckpointError, NotFoundError
+
+SELECTORS = "latest, best:METRIC[:min|max], step:N, epoch:N, milestone:NAME, a hold's name, or the beginning of an id"
+
+_LOWER_IS_BETTER = ("loss", "error", "perplexity")
+
+
+def default_mode(metric: str) -> str:
+    """Whether small or large values of ``metric`` are good, by its name."""
+    return "min" if any(word in metric.lower() for word in _LOWER_IS_BETTER) else "max"
+
+
+def select(checkpoints: Sequence[Checkpoint], holds: Mapping[str, str], selector: str, where: str) -> Checkpoint:
+    """The one checkpoint that ``selector`` names; ``checkpoints`` stand oldest first.
+
+    Raises:
+        NoCheckpointError: there is none at all.
+        NotFoundError: none matches; the message lists what there is.
+        FormatError: the selector is ambiguous or no selector.
+    """
+    kind, colon, rest = selector.partition(":")
+    if not selector or (colon and kind not in _BY_KIND):
+        raise FormatError(f"{selector!r} is no selector; use {SELECTORS}")
+    if not checkpoints:
+        raise NoCheckpointError(f"{where} holds no checkpoint")
+    if selector == "latest":
+        return checkpoints[-1]
+    if colon:
+        found = _BY_KIND[kind](checkpoints, rest)
+        return found if found is not None else _nothing(checkpoints, selector, where)
+    wanted = holds.get(selector, selector)
+    matches = [c for c in checkpoints if c.id.startswith(wanted)]
+    if len(matches) > 1:
+        raise FormatError(f"{selector!r} begins the ids of {len(matches)} checkpoints; write more of it: {matches[-1].id}")
+    return matches[0] if matches else _nothing(checkpoints, selector, where)
+
+
+def _nothing(checkpoints: Sequence[Checkpoint], selector: str, where: str) -> NoReturn:
+    shown = ", ".join(str(c.step) for c in checkpoints[-5:])
+    more = "the newest are of steps" if len(checkpoints) > 5 else "it has steps"
+    raise NotFoundError(f"{where} has no checkpoint {selector!r}; {more} {shown}. Selectors: {SELECTORS}")
+
+
+def _best(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
+    name, _, mode = rest.partition(":")
+    if mode not in ("", "min", "max") or not name:
+        raise FormatError(f"'best:{rest}' is no selector; write best:METRIC, best:METRIC:min or best:METRIC:max")
+    rated = [c for c in checkpoints if not math.isnan(c.metrics.get(name, math.nan))]
+    if not rated:
+        known = sorted({metric for c in checkpoints for metric in c.metrics})
+        raise NotFoundError(f"no checkpoint has metric {name!r}; metrics here: {', '.join(known) or 'none'}")
+    mode = mode or rated[-1].modes.get(name) or default_mode(name)
+    sign = 1 if mode == "max" else -1
+    # Of equally good ones the newest.
+    return max(rated, key=lambda c: (sign * c.metrics[name], c.order))
+
+
+def _number(kind: str, rest: str) -> int:
+    if not rest.isascii() or not rest.isdigit() or len(rest) > 15:
+        raise FormatError(f"'{kind}:{rest}' is no selector; write a number, as {kind}:1000")
+    return int(rest)
+
+
+def _step(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
+    step = _number("step", rest)
+    return next((c for c in reversed(checkpoints) if c.step == step), None)
+
+
+def _epoch(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
+    epoch = _number("epoch", rest)
+    return next((c for c in reversed(checkpoints) if c.epoch == epoch), None)
+
+
+def _milestone(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
+    reason = f"milestone {rest}"
+    return next((c for c in reversed(checkpoints) if reason in c.reasons), None)
+
+
+_BY_KIND: dict[str, Callable[[Sequence[Checkpoint], str], Checkpoint | None]] = {
+    "best": _best,
+    "step": _step,
+    "epoch": _epoch,
+    "milestone": _milestone,
+}
+

@@ -1,0 +1,94 @@
+"""A few threads that work through one list of tasks in order and stop at the first error."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def default_threads() -> int:
+    """One more than the cores, so that the disk has work while every core hashes; 2 to 8."""
+    return max(2, min(8, (os.cpu_count() or 1) + 1))
+
+
+def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
+    """``work`` on every task; tasks are taken in order. With one thread, in the caller's own.
+
+    Raises:
+        BaseException: the first error of any task, after all threads have stopped.
+    """
+    if threads == 1:
+        for task in tasks:
+            work(task)
+        return
+    crew = _Crew(tasks, work)
+    members = [threading.Thread(target=crew.member, name=f"ckptstore-{n}") for n in range(threads)]
+    try:
+        for member in members:
+            member.start()
+        for member in members:
+            member.join()
+    except BaseException:
+        crew.stop = True
+        for member in members:
+            if member.ident is not None:
+                member.join()
+        raise
+    if crew.error is not None:
+        raise crew.error
+
+
+class _Crew(Generic[T]):
+    def __init__(self, tasks: Iterable[T], work: Callable[[T], None]) -> None:
+        self.stop = False
+        self.error: BaseException | None = None
+        self._tasks: Iterator[T] = iter(tasks)
+        self._work = work
+        self._lock = threading.Lock()
+
+    def member(self) -> None:
+        try:
+            while not self.stop:
+                with self._lock:
+                    task = next(self._tasks)
+                self._work(task)
+        except StopIteration:
+            return
+        except BaseException as error:
+            # The first error is the cause; those that follow it are its consequences.
+            self.error = self.error or error
+            self.stop = True
+
+
+class Turnstile:
+    """Lets numbered callers pass one by one, 0 first, whatever order they come in."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def pass_in_turn(self, number: int, action: Callable[[], T]) -> T:
+        """Run ``action`` when all lower numbers have passed.
+
+        Raises:
+            BaseException: the error of somebody before, after which this turn never comes.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._next == number)
+            if self._error is not None:
+                raise self._error
+            result = action()
+            self._next += 1
+            self._changed.notify_all()
+            return result
+
+    def break_off(self, error: BaseException) -> None:
+        """Send everybody who waits home with ``error``."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()

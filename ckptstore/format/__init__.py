@@ -1,0 +1,1 @@
+"""What the bytes mean. SPEC.md in this folder is normative; this code obeys it."""

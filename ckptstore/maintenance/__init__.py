@@ -1,0 +1,1 @@
+"""Many checkpoints: proving them and collecting what killed saves left."""
