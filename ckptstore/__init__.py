@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint, Damage
+    from ckptstore.engine.loader import Loaded
     from ckptstore.errors import (
         CheckpointError,
         CommitUnknownError,
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     )
     from ckptstore.maintenance.prune import PruneReport
     from ckptstore.maintenance.verify import VerifyReport
-    from ckptstore.state.random import RNG
     from ckptstore.state.registry import register_type
-    from ckptstore.store import DamageWarning, FallbackWarning, Loaded, Store, open
+    from ckptstore.state.rng import RNG
+    from ckptstore.store import DamageWarning, FallbackWarning, Store, open
 
 __version__ = "0.1.0"
 
@@ -67,12 +68,13 @@ __all__ = [
 
 _HOMES = {
     "ckptstore.engine.catalogue": ("Checkpoint", "Damage"),
+    "ckptstore.engine.loader": ("Loaded",),
     "ckptstore.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ckptstore.maintenance.prune": ("PruneReport",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
-    "ckptstore.state.random": ("RNG",),
+    "ckptstore.state.rng": ("RNG",),
     "ckptstore.state.registry": ("register_type",),
-    "ckptstore.store": ("DamageWarning", "FallbackWarning", "Loaded", "Store", "open"),
+    "ckptstore.store": ("DamageWarning", "FallbackWarning", "Store", "open"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, overload
 
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, Damage, read_holds, scan
-from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_fate, read_store
-from ckptstore.engine.reader import Contents, Progress, read_contents, read_tensors
+from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_store, writers
+from ckptstore.engine.loader import Loaded, Loader
+from ckptstore.engine.reader import Contents, Progress, read_contents
 from ckptstore.engine.saver import Captured, Facts, Saver
-from ckptstore.engine.select import default_mode, select
+from ckptstore.engine.select import select
 from ckptstore.engine.workers import default_threads
 from ckptstore.errors import (
     CheckpointError,
-    ExistsError,
     FormatError,
     IntegrityError,
-    NoCheckpointError,
     NotFoundError,
     StaleWriterError,
-    StateError,
     StorageError,
 )
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
-from ckptstore.format.layout import CheckpointId, parse_id
-from ckptstore.format.records import CondemnedRecord, HoldRecord, StoreRecord, TombstoneRecord, now, seal
+from ckptstore.format.layout import CheckpointId
+from ckptstore.format.records import StoreRecord
+from ckptstore.maintenance import keep
 from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.verify import VerifyReport, verify
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
-
-if TYPE_CHECKING:
-    from ckptstore.state.restore import Restoration
-
-T = TypeVar("T")
 
 
 class DamageWarning(UserWarning):
@@ -51,27 +42,6 @@ class DamageWarning(UserWarning):
 
 class FallbackWarning(DamageWarning):
     """``latest`` was damaged, and an older checkpoint was loaded in its place."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What ``load(into=…)`` did.
-
-    Attributes:
-        checkpoint: the one that was loaded.
-        skipped: newer checkpoints that were damaged, with the error of each.
-        missing: names the target has and the checkpoint lacks (only with ``strict=False``).
-        unexpected: names the checkpoint has and the target lacks.
-        mismatched: names whose shapes differ; left as they were.
-        cast: names that were converted to the target's dtype.
-    """
-
-    checkpoint: Checkpoint
-    skipped: Mapping[str, CheckpointError]
-    missing: Sequence[str]
-    unexpected: Sequence[str]
-    mismatched: Sequence[str]
-    cast: Sequence[str]
 
 
 class Store:
@@ -151,7 +121,7 @@ class Store:
             CommitUnknownError: may be saved; ``resolve(error.id)`` settles it.
             StaleWriterError: a newer run has opened this store for writing.
         """
-        facts = _facts(step, epoch, metrics or {}, modes or {}, reasons)
+        facts = Facts.of(step, epoch, metrics or {}, modes or {}, reasons)
         self._check_writable()
         from ckptstore.state.capture import capture
 
@@ -168,11 +138,11 @@ class Store:
         if self._writer is None or self._shared:
             self._claim()
         store, writer = self._record, self._writer
-        assert store is not None and writer is not None
-        fence = (lambda: None) if self._shared else (lambda: check_fence(self._storage, writer))
-        fence()
+        assert store is not None
+        assert writer is not None
+        saver = Saver(self._storage, store, self._pool, self._threads, self._compression, self._check_fence)
+        self._check_fence()
         self._sequence += 1
-        saver = Saver(self._storage, store, self._pool, self._threads, self._compression, fence)
         return saver, layout.new_id(writer, self._sequence, step)
 
     def _claim(self) -> None:
@@ -181,8 +151,6 @@ class Store:
         self._record = ensure_store(self._storage, known_id=catalogue.store_id)
         highest = catalogue.highest
         if self._writer is None:
-            from ckptstore.engine.commit import writers
-
             numbers = writers(self._storage)
             if self._shared and numbers:
                 self._writer = numbers[-1]
@@ -190,6 +158,10 @@ class Store:
                 above = highest.writer if highest else 0
                 self._writer = claim_writer(self._storage, self._record.store_id, above=above)
         self._sequence = max(self._sequence, highest.seq if highest else 0)
+
+    def _check_fence(self) -> None:
+        if not self._shared and self._writer is not None:
+            check_fence(self._storage, self._writer)
 
     def _check_writable(self) -> None:
         if self._read_only:
@@ -312,48 +284,20 @@ class Store:
         skipped: dict[str, CheckpointError] = {}
         first = self._select(catalogue, selector)
         candidates = reversed(catalogue.checkpoints) if selector == "latest" else [first]
+        loader = Loader(self._storage, self._pool, self._threads, progress)
         for checkpoint in candidates:
             try:
-                restored, result = self._restore(checkpoint, into, only, strict, progress)
+                if into is None:
+                    return loader.plain(checkpoint, only)
+                return loader.into(checkpoint, into, only, strict, skipped)
             except (IntegrityError, FormatError) as error:
-                self._check_not_deleted(checkpoint)
+                keep.check_unburied(self._storage, checkpoint)
                 if selector != "latest":
                     raise
                 skipped[checkpoint.id] = error
-                warnings.warn(f"{checkpoint.id} is damaged, trying the one before: {error}", FallbackWarning, stacklevel=2)
-                continue
-            if into is None:
-                return result
-            report = restored.report
-            return Loaded(checkpoint, skipped, report.missing, report.unexpected, report.mismatched, report.cast)
+                message = f"{checkpoint.id} is damaged, trying the one before: {error}"
+                warnings.warn(message, FallbackWarning, stacklevel=2)
         raise _all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
-
-    def _restore(
-        self,
-        checkpoint: Checkpoint,
-        into: object,
-        only: Sequence[str] | None,
-        strict: bool,
-        progress: Progress | None,
-    ) -> tuple[Restoration, object]:
-        from ckptstore.state import restore
-
-        contents = self.contents(checkpoint)
-        tree, specs = _single(contents), _specs(contents)
-        if into is None:
-            restored = restore.restore_plain(tree, specs, only=only)
-        else:
-            restored = restore.restore_into(tree, specs, into, only=only, strict=strict)
-        read_tensors(
-            self._storage, contents, restored.wanted, pool=self._pool, threads=self._threads, progress=progress
-        )
-        return restored, restored.finish()
-
-    def _check_not_deleted(self, checkpoint: Checkpoint) -> None:
-        """Tell damage from a checkpoint that was deleted while it was read."""
-        key = layout.tombstone_key(checkpoint.order)
-        if any(entry.key == key for entry in self._storage.list(layout.TRASH)):
-            raise NotFoundError(f"{checkpoint.id} was deleted while it was being read; load again", id=checkpoint.id)
 
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """What ``checkpoint`` holds: its files, tensors and tree, proven against its commit record.
@@ -407,18 +351,7 @@ class Store:
         """
         self._check_writable()
         checkpoint = self._select(self._scan(), selector)
-        self._check_unheld(checkpoint)
-        key = layout.tombstone_key(checkpoint.order)
-        record = TombstoneRecord(
-            store_id=checkpoint.record.store_id, id=checkpoint.id, created=now(), reason=reason[:1000]
-        )
-        self._storage.create(key, seal(record))
-        try:
-            # Looked at again after the tombstone stands: whoever held it meanwhile wins.
-            self._check_unheld(checkpoint)
-        except CheckpointError:
-            self._storage.delete([key])
-            raise
+        keep.bury(self._storage, checkpoint, reason)
         return checkpoint
 
     def undelete(self, id: str) -> Checkpoint:
@@ -428,15 +361,11 @@ class Store:
             NotFoundError: it is not in the trash, or was reclaimed already.
         """
         self._check_writable()
-        buried = self._scan().buried
-        matches = [c for c in buried if c.id.startswith(id) or f"step:{c.step}" == id]
-        if not id or not matches:
-            known = ", ".join(c.id for c in buried[-5:])
-            raise NotFoundError(f"{self.url} has no deleted checkpoint {id!r}; in the trash: {known or 'nothing'}")
-        if len(matches) > 1:
-            raise FormatError(f"{id!r} names {len(matches)} deleted checkpoints; write the id: {matches[-1].id}")
-        self._storage.delete([layout.tombstone_key(matches[0].order)])
-        return matches[0]
+        return keep.bring_back(self._storage, self._scan().buried, id)
+
+    def catalogue(self) -> Catalogue:
+        """All that the register says: existing, deleted, condemned and damaged, without warnings."""
+        return self._scan()
 
     def deleted(self) -> list[Checkpoint]:
         """Checkpoints in the trash that ``undelete`` can bring back, oldest first."""
@@ -452,18 +381,7 @@ class Store:
         self._check_writable()
         layout.check_hold_name(name)
         checkpoint = self._select(self._scan(), selector)
-        record = HoldRecord(store_id=checkpoint.record.store_id, name=name, id=checkpoint.id, created=now())
-        try:
-            self._storage.create(layout.hold_key(name), seal(record))
-        except ExistsError as error:
-            held = read_holds(self._storage)[0].get(name, "another checkpoint")
-            raise ExistsError(f"hold {name!r} pins {held} already; release it first or choose another name") from error
-        try:
-            # Looked at again after the hold stands: a delete that came between wins.
-            self._check_not_deleted(checkpoint)
-        except NotFoundError:
-            self._storage.delete([layout.hold_key(name)])
-            raise
+        keep.hold(self._storage, checkpoint, name)
         return checkpoint
 
     def release(self, name: str) -> None:
@@ -473,12 +391,7 @@ class Store:
             NotFoundError: there is no such hold.
         """
         self._check_writable()
-        layout.check_hold_name(name)
-        keys = [entry.key for entry in self._storage.list(layout.HOLDS)]
-        if layout.hold_key(name) not in keys:
-            known = ", ".join(sorted(filter(None, map(layout.hold_name, keys))))
-            raise NotFoundError(f"{self.url} has no hold {name!r}; holds here: {known or 'none'}")
-        self._storage.delete([layout.hold_key(name)])
+        keep.release(self._storage, name)
 
     def holds(self) -> dict[str, str]:
         """The id that each hold pins, by the hold's name. Damaged holds give a ``DamageWarning``."""
@@ -499,14 +412,6 @@ class Store:
         with self._saving:
             own = self._writer if not self._shared else None
             return prune(self._storage, self._scan(), grace_s=grace_s, own_writer=own)
-
-    def _check_unheld(self, checkpoint: Checkpoint) -> None:
-        holds, damaged = read_holds(self._storage)
-        for name, id in holds.items():
-            if id == checkpoint.id:
-                raise ExistsError(f"{id} is held by {name!r}; release({name!r}) first", id=id, step=checkpoint.step)
-        for damage in damaged:
-            raise IntegrityError(f"{damage.problem}; it may hold {checkpoint.id}: release it first", key=damage.key)
 
 
 def open(
@@ -543,53 +448,6 @@ def open(
         pool_bytes=pool_bytes,
         threads=threads or default_threads(),
     )
-
-
-def _facts(
-    step: int,
-    epoch: int | None,
-    metrics: Mapping[str, Any],
-    modes: Mapping[str, str],
-    reasons: Iterable[str],
-) -> Facts:
-    step, epoch = _whole(step, "step"), None if epoch is None else _whole(epoch, "epoch")
-    values: dict[str, float] = {}
-    for name, value in metrics.items():
-        try:
-            values[name] = float(value)
-        except (TypeError, ValueError) as error:
-            raise StateError(f"metric {name!r} is {value!r:.100}, no number", path=f"metrics/{name}") from error
-    for name, mode in modes.items():
-        if mode not in ("min", "max") or name not in values:
-            raise StateError(f"modes: {name!r}: {mode!r} must be 'min' or 'max' for a metric that is given", path="modes")
-    if isinstance(reasons, str):
-        raise StateError("reasons must be a list of texts, not one text", path="reasons")
-    return Facts(step, epoch, values, {name: modes.get(name) or default_mode(name) for name in values}, list(reasons))
-
-
-def _whole(value: int, name: str) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 10**15:
-        raise StateError(f"{name}={value!r} must be an int from 0 to 10**15 - 1", path=name)
-    return number
-
-
-def _single(contents: Contents) -> Any:
-    if len(contents.parts) != 1:
-        raise FormatError(
-            f"{contents.commit.id} was written by {len(contents.parts)} ranks; this version loads those of one rank",
-            id=contents.commit.id,
-        )
-    return contents.parts[0].tree
-
-
-def _specs(contents: Contents) -> list[Any]:
-    from ckptstore.state.capture import TensorSpec
-
-    return [TensorSpec(name, t.dtype, tuple(t.shape), t.logical) for name, t in contents.tensors.items()]
 
 
 def _warn_damaged(damaged: Iterable[Damage]) -> None:

@@ -22,7 +22,16 @@ from ckptstore.errors import (
 from ckptstore.format import layout
 from ckptstore.format.digest import BLOCK_DIGEST
 from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import SMALL_LIMIT, CommitRecord, CondemnedRecord, StoreRecord, WriterRecord, now, seal, unseal
+from ckptstore.format.records import (
+    SMALL_LIMIT,
+    CommitRecord,
+    CondemnedRecord,
+    StoreRecord,
+    WriterRecord,
+    now,
+    seal,
+    unseal,
+)
 from ckptstore.storage.base import Storage
 
 _CLAIM_ROUNDS = 1000
@@ -139,7 +148,8 @@ def commit(storage: Storage, id: CheckpointId, record: CommitRecord) -> None:
 def _confirm(storage: Storage, id: CheckpointId, data: bytes, unknown: StorageError | None) -> None:
     key = layout.commit_key(id)
     question = CommitUnknownError(
-        f"{id}: whether it was committed is unknown ({unknown}); store.resolve({str(id)!r}) tells once the storage answers",
+        f"{id}: whether it was committed is unknown ({unknown}); "
+        f"store.resolve({str(id)!r}) tells once the storage answers",
         id=str(id),
         step=id.step,
         key=key,

@@ -173,7 +173,7 @@ def read_tensors(
         StorageError: the backend failed.
     """
     for file in contents.files:
-        blocks = _wanted_blocks(file, wanted)
+        blocks = list(_wanted_blocks(file, wanted))
         if not blocks:
             continue
         with closing(open_file(storage, file, contents.commit.id)) as reader:

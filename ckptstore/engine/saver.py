@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.commit import commit
+from ckptstore.engine.select import default_mode
 from ckptstore.engine.writer import Progress, Source, write_files
 from ckptstore.errors import (
     CheckpointError,
@@ -60,6 +62,34 @@ class Facts:
     metrics: dict[str, float]
     modes: dict[str, str]
     reasons: Sequence[str]
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        modes: Mapping[str, str] | None = None,
+        reasons: Iterable[str] = (),
+    ) -> Facts:
+        """What the user said, checked.
+
+        Raises:
+            StateError: naming what is no step, no number, no mode.
+        """
+        values, modes = {name: _number(name, value) for name, value in (metrics or {}).items()}, modes or {}
+        for name, mode in modes.items():
+            if mode not in ("min", "max") or name not in values:
+                raise StateError(f"modes: {name!r}: {mode!r} must be 'min' or 'max', for a metric given", path="modes")
+        if isinstance(reasons, str):
+            raise StateError("reasons must be a list of texts, not one text", path="reasons")
+        return cls(
+            _whole(step, "step"),
+            None if epoch is None else _whole(epoch, "epoch"),
+            values,
+            {name: modes.get(name) or default_mode(name) for name in values},
+            list(reasons),
+        )
 
 
 @dataclass(frozen=True)
@@ -142,9 +172,13 @@ class Saver:
             try:
                 size = self.storage.size(key)
             except NotFoundError as error:
-                raise SaveFailedError(f"{key} disappeared while it was being saved", id=str(id), step=id.step) from error
+                raise SaveFailedError(
+                    f"{key} disappeared while it was being saved", id=str(id), step=id.step
+                ) from error
             if size != file.stored_bytes:
-                raise SaveFailedError(f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step)
+                raise SaveFailedError(
+                    f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step
+                )
 
     def _record(
         self, id: CheckpointId, state: Captured, facts: Facts, files: Sequence[FileEntry], manifest: Sealed256
@@ -188,3 +222,20 @@ def _failed(id: CheckpointId, error: BaseException) -> BaseException:
         id=str(id),
         step=id.step,
     )
+
+
+def _whole(value: int, name: str) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 10**15:
+        raise StateError(f"{name}={value!r} must be an int from 0 to 10**15 - 1", path=name)
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise StateError(f"metric {name!r} is {value!r:.100}, no number", path=f"metrics/{name}") from error

@@ -40,7 +40,9 @@ def select(checkpoints: Sequence[Checkpoint], holds: Mapping[str, str], selector
     wanted = holds.get(selector, selector)
     matches = [c for c in checkpoints if c.id.startswith(wanted)]
     if len(matches) > 1:
-        raise FormatError(f"{selector!r} begins the ids of {len(matches)} checkpoints; write more of it: {matches[-1].id}")
+        raise FormatError(
+            f"{selector!r} begins the ids of {len(matches)} checkpoints; write more of it: {matches[-1].id}"
+        )
     return matches[0] if matches else _nothing(checkpoints, selector, where)
 
 
@@ -91,4 +93,3 @@ _BY_KIND: dict[str, Callable[[Sequence[Checkpoint], str], Checkpoint | None]] = 
     "epoch": _epoch,
     "milestone": _milestone,
 }
-

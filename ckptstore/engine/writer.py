@@ -124,7 +124,9 @@ class _File:
         self._stored_bytes = 0
         self._lock = threading.Lock()
 
-    def write_block(self, storage: Storage, number: int, digest: str, compression: Compression, pool: BufferPool) -> int:
+    def write_block(
+        self, storage: Storage, number: int, digest: str, compression: Compression, pool: BufferPool
+    ) -> int:
         """Take block ``number`` from the live tensors and write it; the last one finishes the file."""
         length = self.stream.block_lengths[number]
         with pool.lease() as [buffer]:
@@ -138,7 +140,12 @@ class _File:
             stored_digest = None if codec == "none" else block_digest(digest)(stored)
             raw.release()
         entry = BlockEntry(
-            raw=length, digest=raw_digest, offset=slot.offset, length=slot.length, codec=codec, stored_digest=stored_digest
+            raw=length,
+            digest=raw_digest,
+            offset=slot.offset,
+            length=slot.length,
+            codec=codec,
+            stored_digest=stored_digest,
         )
         self._count(number, entry, writer)
         return length

@@ -38,7 +38,9 @@ def parse_compression(text: str) -> Compression:
     match = _SETTING.fullmatch(text)
     level = int(match[2]) if match and match[2] else 1
     if not match or level not in _ZSTD_LEVELS or (match[1] == "none" and match[2]):
-        raise FormatError(f"compression={text!r} is unknown; use 'none', 'zstd' or 'zstd:LEVEL' with a level of -7 to 19")
+        raise FormatError(
+            f"compression={text!r} is unknown; use 'none', 'zstd' or 'zstd:LEVEL' with a level of -7 to 19"
+        )
     return Compression(match[1], level)
 
 

@@ -252,7 +252,8 @@ def seal(record: Record) -> bytes:
     data = _indented(fields)
     if len(data) > SMALL_LIMIT:
         raise FormatError(
-            f"this {type(record).__name__} would take {len(data)} bytes of {SMALL_LIMIT}: fewer or shorter metrics and reasons"
+            f"this {type(record).__name__} would take {len(data)} bytes of {SMALL_LIMIT}: "
+            "give fewer or shorter metrics and reasons"
         )
     return data
 
@@ -274,7 +275,9 @@ def unseal(data: bytes, key: str, kinds: Iterable[type[_R]]) -> _R:
     except (FormatError, ValueError) as error:
         raise IntegrityError(f"{key} is damaged: {error}", key=key) from error
     if not whole:
-        raise IntegrityError(f"{key} is damaged: its seal doesn't hold", key=key, expected=str(seal_found), actual=actual)
+        raise IntegrityError(
+            f"{key} is damaged: its seal doesn't hold", key=key, expected=str(seal_found), actual=actual
+        )
     model = next((m for m in kinds if _kind(m) == fields.get("kind")), None)
     if model is None:
         raise FormatError(f"{key} is a record of an unknown kind", key=key)

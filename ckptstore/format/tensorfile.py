@@ -11,7 +11,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Final, NamedTuple
 
@@ -98,7 +98,7 @@ class TensorFile:
         if len({row.name for row in rows}) != len(rows):
             raise FormatError("a tensor's name stands twice in one file")
         keys = [(-ITEM_BYTES[row.dtype], row.name) for row in rows]
-        if any(a > b for a, b in zip(keys, keys[1:], strict=False)):
+        if any(a > b for a, b in pairwise(keys)):
             raise FormatError("the tensors of a file are not in storage order")
         ends = list(accumulate((row.nbytes for row in rows), initial=0))
         header = _header(rows, ends)
@@ -142,5 +142,7 @@ def _header(rows: Sequence[TensorRow], ends: Sequence[int]) -> bytes:
     # Spaces up to a page, so that the data begin where direct I/O likes it.
     text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
     if len(text) > HEADER_LIMIT:
-        raise FormatError(f"the header would take {len(text)} bytes, safetensors allows {HEADER_LIMIT}: too many tensors")
+        raise FormatError(
+            f"the header would take {len(text)} bytes, safetensors allows {HEADER_LIMIT}: too many tensors"
+        )
     return struct.pack("<Q", len(text)) + text

@@ -98,5 +98,3 @@ def _forget(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], be
             continue
         if entry.key.startswith(layout.TRASH) or id in catalogue.condemned:
             storage.delete([entry.key])
-
-

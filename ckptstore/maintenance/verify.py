@@ -223,7 +223,9 @@ def sort_leftovers(entries: Iterable[Entry], catalogue: Catalogue) -> tuple[list
         elif not _ours(entry.key, id):
             foreign.append(entry.key)
     leftovers = [
-        Leftover(str(id) if id else None, [e.key for e in found], sum(e.size for e in found), max(e.modified for e in found))
+        Leftover(
+            str(id) if id else None, [e.key for e in found], sum(e.size for e in found), max(e.modified for e in found)
+        )
         for id, found in unfinished.items()
     ]
     return leftovers, foreign

@@ -1,0 +1,142 @@
+"""The rules of the house: who may import whom, one home for each foreign library, small files, no pickle."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ckptstore
+
+ROOT = Path(ckptstore.__file__).parent
+
+# A module may import what stands on its own row or above; the three pillars share a row and don't know each other.
+ROWS = [
+    {"errors"},
+    {"storage", "format", "state"},
+    {"engine", "policy"},
+    {"maintenance"},
+    {"store"},
+    {"config", "trainer", "tools"},
+    {"integrations", "cli"},
+]
+RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+
+HOMES = {
+    "torch": {"state", "trainer", "integrations", "tools"},
+    "pydantic": {"format/records.py", "format/schema.py", "config.py"},
+    "blake3": {"format/digest.py"},
+    "hashlib": {"format/digest.py"},
+    "zstandard": {"format/codecs.py"},
+    "safetensors": {"tools"},
+    "click": {"cli"},
+    "rich": {"cli"},
+}
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def home(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    """No module imports from a row below its own, or from a neighbour pillar."""
+    own = home(path)
+    if own == "__init__":
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "ckptstore" or len(parts) == 1 or parts[1] not in RANK:
+            continue
+        other = parts[1]
+        assert other == own or RANK[other] < RANK[own], f"{path.name} ({own}) imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_foreign_libraries_have_one_home(path: Path) -> None:
+    """torch lives in state/, zstandard in format/codecs.py, and so on."""
+    relative = path.relative_to(ROOT).as_posix()
+    for name in imports(path):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or relative in homes or relative.split("/")[0] in homes, f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_was_loaded_can_run(path: Path) -> None:
+    """No pickle, marshal, yaml, eval, exec or compile anywhere in the library."""
+    for name in imports(path):
+        assert name.split(".")[0] not in FORBIDDEN_MODULES, f"{path.name} imports {name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in FORBIDDEN_CALLS, f"{path.name}:{node.lineno} calls {node.func.id}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = f"{getattr(node.func.value, 'id', '')}.{node.func.attr}"
+            if called == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), f"{path.name}:{node.lineno} loads pickles"
+            assert called not in {"np.load", "numpy.load", "collections.namedtuple"}, f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    """At most 500 lines a file and 60 a function."""
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.body:
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
+            assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
+
+
+def test_public_names() -> None:
+    """The public names are these, each importable from the top and documented."""
+    expected = """RNG Checkpoint CheckpointError CommitUnknownError Damage DamageWarning ExistsError FallbackWarning
+        FormatError IntegrityError Loaded NoCheckpointError NotFoundError PruneReport SaveFailedError
+        StaleWriterError StateError StorageError StorageFullError Store UnavailableError VerifyReport __version__
+        open register_type"""
+    assert sorted(ckptstore.__all__) == sorted(expected.split())
+    for name in ckptstore.__all__:
+        thing = getattr(ckptstore, name)
+        assert name == "__version__" or thing.__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ckptstore.nonsense  # type: ignore[attr-defined]
+
+
+def test_looking_needs_no_torch() -> None:
+    """Opening, listing and verifying import no torch, and the package itself imports nothing heavy."""
+    code = (
+        "import sys, ckptstore\n"
+        "assert not {'numpy', 'pydantic', 'torch', 'rich'} & set(sys.modules), 'import ckptstore is heavy'\n"
+        "store = ckptstore.open('memory://house')\n"
+        "assert store.checkpoints() == [] and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_imports() -> None:
+    """No module needs another to be imported first."""
+    for path in modules():
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        importlib.import_module(".".join(parts).removesuffix(".__init__"))
