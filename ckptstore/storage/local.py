@@ -156,7 +156,7 @@ class LocalStorage:
         self._check_writable()
         # Deepest first, so that a folder is empty when its turn comes.
         for folder in sorted(names, key=lambda name: name.count("/"), reverse=True):
-            with self._errors("delete in", folder), suppress(NotFoundError, FileNotFoundError):
+            with self._errors("delete in", folder), suppress(FileNotFoundError):
                 self._unlink(folder, names[folder])
                 self._remove_if_empty(folder)
 
@@ -221,8 +221,9 @@ class LocalStorage:
     def _make_direct(self, file: Descriptor) -> bool:
         if not self.capabilities.direct_io:
             return False
-        self._learn(direct_io=posix.set_direct(file.fd, True))
-        return self.capabilities.direct_io
+        direct = posix.set_direct(file.fd, True)
+        self._learn(direct_io=direct)
+        return direct
 
     def _check_writable(self) -> None:
         if self._read_only:
@@ -246,8 +247,7 @@ class LocalStorage:
         for name in folder.split("/") if folder else ():
             path = f"{path}/{name}"
             with current:
-                made = posix.make_folder(current, name)
-                inner = open_at(current, name, posix.FOLDER)
+                inner, made = posix.enter_folder(current, name)
                 if made or path not in self._named:
                     self._sync(current)
                     self._named.add(path)

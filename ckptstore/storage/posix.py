@@ -152,6 +152,14 @@ def make_folder(parent: Descriptor, name: str) -> bool:
     return True
 
 
+def enter_folder(parent: Descriptor, name: str) -> tuple[Descriptor, bool]:
+    """Open a folder, made if it isn't there: (descriptor, whether it was made)."""
+    with contextlib.suppress(FileNotFoundError):
+        return open_at(parent, name, FOLDER), False
+    made = make_folder(parent, name)
+    return open_at(parent, name, FOLDER), made
+
+
 def remove_empty_folder(parent: Descriptor, name: str) -> bool:
     """Remove a folder. False: something is in it."""
     try:
@@ -237,7 +245,9 @@ def reopen_direct(file: Descriptor) -> Descriptor | None:
     try:
         direct = open_at(None, f"/proc/self/fd/{file.fd}", os.O_RDONLY)
         return direct if set_direct(direct.fd, True) else None
-    except OSError:
+    except OSError as error:
+        if error.errno in _NO_DESCRIPTORS:
+            raise
         return None
 
 
