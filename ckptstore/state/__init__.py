@@ -1,0 +1,24 @@
+"""Live objects ↔ tensors and JSON, without pickle. torch lives here."""
+
+from ckptstore.state.capture import Snapshot, capture
+from ckptstore.state.registry import register_type
+from ckptstore.state.report import LoadReport
+from ckptstore.state.restore import Restoration, restore_into, restore_plain
+from ckptstore.state.rng import RNG
+from ckptstore.state.tensors import Destination, TensorSource, TensorSpec
+from ckptstore.state.values import Json
+
+__all__ = [
+    "RNG",
+    "Destination",
+    "Json",
+    "LoadReport",
+    "Restoration",
+    "Snapshot",
+    "TensorSource",
+    "TensorSpec",
+    "capture",
+    "register_type",
+    "restore_into",
+    "restore_plain",
+]

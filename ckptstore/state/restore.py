@@ -1,0 +1,115 @@
+"""A snapshot's tree and tensors → state: as plain values, or into live objects. The inverse of ``capture.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ckptstore.errors import CheckpointError, FormatError
+from ckptstore.state.decode import Decoder, Maker
+from ckptstore.state.pairing import Pairing
+from ckptstore.state.report import LoadReport
+from ckptstore.state.select import Selection
+from ckptstore.state.tensors import Destination, TensorSpec
+from ckptstore.state.values import Json
+
+
+class Restoration:
+    """A load that is planned: first the bytes of ``wanted`` must come in, then ``finish`` does the rest.
+
+    Attributes:
+        wanted: name → destination of the tensors that must be read, and no others.
+        report: how checkpoint and target differ.
+    """
+
+    def __init__(
+        self, wanted: dict[str, Destination], report: LoadReport, steps: list[Callable[[], Any]], result: Maker
+    ) -> None:
+        self.wanted = wanted
+        self.report = report
+        self._steps = steps
+        self._result = result
+
+    def finish(self) -> object:
+        """Tensors are converted and moved, containers filled, objects loaded, random state set last.
+
+        Returns:
+            The plain state, or the target.
+
+        Raises:
+            StateError: an object refused what was saved.
+            FormatError: a value was malformed.
+        """
+        for step in self._steps:
+            step()
+        return self._result()
+
+
+def restore_plain(tree: Json, specs: Sequence[TensorSpec], *, only: Sequence[str] | None = None) -> Restoration:
+    """Plan to load a state as plain tensors, arrays, values and containers, all on the CPU.
+
+    Args:
+        tree: the snapshot's.
+        specs: of all stored tensors; their sizes are trusted.
+        only: patterns over paths and tensor names; the result has just what they match, and what is in it.
+
+    Raises:
+        FormatError: the tree is malformed.
+        StateError: a class isn't registered here, or a pattern matches nothing.
+    """
+    with _Bounded():
+        if only is not None:
+            tree = Selection(only, whole_statefuls=False).prune(tree)
+        decoder = Decoder(specs)
+        make = decoder.parse(tree, "")
+    return Restoration(decoder.wanted, LoadReport(), [], _guarded(make))
+
+
+def restore_into(
+    tree: Json, specs: Sequence[TensorSpec], into: object, *, only: Sequence[str] | None = None, strict: bool = True
+) -> Restoration:
+    """Plan to load a state into live objects. Nothing is changed before the bytes come in.
+
+    Args:
+        tree: the snapshot's.
+        specs: of all stored tensors; their sizes are trusted.
+        into: of the same structure as what was saved. Tensors keep their memory, element type and device.
+        only: patterns; just what they match is restored, and judged.
+        strict: False restores what fits and reports the rest.
+
+    Raises:
+        FormatError: the tree is malformed.
+        StateError: something is missing, unexpected or mismatched (all of it is listed), or a pattern matches nothing.
+    """
+    with _Bounded():
+        selection = None if only is None else Selection(only, whole_statefuls=True)
+        if selection is not None:
+            tree = selection.prune(tree)
+        pairing = Pairing(Decoder(specs), selection, strict)
+        pairing.plan(tree, into)
+    pairing.report.close(strict=strict)
+    steps = [*pairing.tensors, *pairing.values, *pairing.loads, *pairing.randoms]
+    return Restoration(pairing.decoder.wanted, pairing.report, steps, lambda: into)
+
+
+class _Bounded:
+    """Turns running out of stack into what it means: a tree that no state has."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RecursionError):
+            raise FormatError("the tree is nested deeper than any state that can be saved") from error
+
+
+def _guarded(make: Maker) -> Maker:
+    def result() -> object:
+        try:
+            return make()
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"the tree is malformed: {error}") from error
+
+    return result

@@ -1,0 +1,184 @@
+"""One tensor on its way out (``TensorSource``) and in (``Destination``): flat little-endian C-order bytes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckptstore.errors import FormatError
+from ckptstore.state.dtypes import CODE_BYTES, torch_dtype
+
+Bytes = npt.NDArray[np.uint8]
+
+MAX_DIMENSIONS = 64
+"""The most that NumPy handles."""
+
+# Item size → a type that torch can copy, so that types without arithmetic are moved too.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+# One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a stored tensor, when saving and when loading."""
+
+    name: str
+    """The path in the state, joined by "/", as ``model/layers.0.weight``."""
+    dtype: str
+    """Safetensors code of the stored elements."""
+    shape: tuple[int, ...]
+    """Of the stored elements."""
+    logical: str | None = None
+    """What one element is, where the stored elements are not the tensor's own: ``complex128`` is pairs of F64."""
+
+
+class TensorSource:
+    """A live tensor to be stored. It keeps the tensor alive, and its memory in place.
+
+    Attributes:
+        spec: name, stored type and stored shape.
+        nbytes: of the contiguous image.
+        live: the torch tensor itself, or None where the source is an array or bytes.
+    """
+
+    __slots__ = ("_array", "_image", "live", "nbytes", "spec")
+
+    def __init__(
+        self, spec: TensorSpec, nbytes: int, live: torch.Tensor | None, array: np.ndarray | None = None
+    ) -> None:
+        self.spec = spec
+        self.nbytes = nbytes
+        self.live = live
+        self._array = array
+        self._image: Bytes | None = None
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Copy bytes ``[offset, offset + len(out))`` of the image into ``out``; any thread.
+
+        The first call makes a host copy of a tensor on a device or not contiguous; others are read in place.
+        """
+        if not out.nbytes:
+            return
+        image = self._image
+        if image is None:
+            image = self._make_image()
+        part = image[offset : offset + out.nbytes]
+        if offset < 0 or part.nbytes != out.nbytes:
+            raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
+        # NumPy lets go of the interpreter lock while it copies; a slice assignment of memoryviews doesn't.
+        np.copyto(np.frombuffer(out, np.uint8), part)
+
+    def release(self) -> None:
+        """Drop the host copy, if there is one."""
+        self._image = None
+
+    def _make_image(self) -> Bytes:
+        with _LOCK:
+            if self._image is None:
+                self._image = array_image(self._array) if self.live is None else tensor_image(self.live)
+            return self._image
+
+
+def tensor_image(tensor: torch.Tensor) -> Bytes:
+    """The tensor's bytes, as a view of its own memory where that is contiguous and on the CPU."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = tensor.view(_CARRIERS[tensor.element_size()])
+    image: Bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return image
+
+
+def array_image(array: np.ndarray | None) -> Bytes:
+    """The array's bytes, little-endian, as a view of its own memory where possible."""
+    assert array is not None
+    little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+
+
+class Destination:
+    """Where the bytes of one stored tensor go: the target's own memory, or a tensor allocated on first use."""
+
+    __slots__ = ("_live", "_own", "nbytes", "spec")
+
+    def __init__(self, spec: TensorSpec, live: torch.Tensor | np.ndarray | None = None) -> None:
+        """``live`` is contiguous, on the CPU, writable, and of the spec's type and shape."""
+        self.spec = spec
+        self.nbytes = stored_bytes(spec)
+        self._live = live
+        self._own: torch.Tensor | None = None
+
+    def host(self) -> memoryview:
+        """The writable bytes of the contiguous image; any thread."""
+        if not self.nbytes:
+            return memoryview(bytearray())
+        if isinstance(self._live, np.ndarray):
+            return self._live.reshape(-1).view(np.uint8).data
+        tensor = self._allocated() if self._live is None else self._live
+        image: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        return image.data
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor of its own with the bytes read: always the same object, never the target's memory."""
+        fresh = self._own is None
+        own = self._allocated()
+        if fresh and self._live is not None and self.nbytes:
+            image = own.reshape(-1).view(torch.uint8).numpy()
+            np.copyto(image, np.frombuffer(self.host(), np.uint8))
+        return own
+
+    def image(self) -> Bytes:
+        """The bytes read, in memory of their own."""
+        if not self.nbytes:
+            return np.empty(0, np.uint8)
+        image: Bytes = self.tensor().reshape(-1).view(torch.uint8).numpy()
+        return image
+
+    def _allocated(self) -> torch.Tensor:
+        with _LOCK:
+            if self._own is None:
+                self._own = _allocate(self.spec, self.nbytes)
+            return self._own
+
+
+def _allocate(spec: TensorSpec, nbytes: int) -> torch.Tensor:
+    try:
+        if spec.logical is not None and spec.logical.startswith("numpy:"):
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        dtype = torch_dtype(spec.dtype, spec.logical)
+        # The device is named so that a default device of the caller's doesn't take the tensor away from the host.
+        return torch.empty(tensor_shape(spec, dtype), dtype=dtype, device="cpu")
+    except RuntimeError as error:
+        raise FormatError(f"no tensor of shape {list(spec.shape)} can be made for {spec.name!r}: {error}") from error
+
+
+def tensor_shape(spec: TensorSpec, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of the torch tensor, in elements of ``dtype``.
+
+    Raises:
+        FormatError: pairs are stored, and the last dimension is not 2.
+    """
+    if dtype not in (torch.complex128, torch.complex32):
+        return spec.shape
+    if spec.shape[-1:] != (2,):
+        raise FormatError(f"{spec.name!r} holds {spec.logical} and must end in a dimension of 2: {list(spec.shape)}")
+    return spec.shape[:-1]
+
+
+def stored_bytes(spec: TensorSpec) -> int:
+    """Size of the image in bytes.
+
+    Raises:
+        FormatError: unknown element type, or a shape that no tensor has.
+    """
+    size = CODE_BYTES.get(spec.dtype)
+    if size is None:
+        raise FormatError(f"element type {spec.dtype!r} of {spec.name!r} is unknown")
+    shape = spec.shape
+    if len(shape) > MAX_DIMENSIONS or any(type(length) is not int or not 0 <= length < 2**63 for length in shape):
+        raise FormatError(f"{list(shape)!r} is no shape of a tensor ({spec.name!r})")
+    return size * math.prod(shape)
