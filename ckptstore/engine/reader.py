@@ -55,7 +55,7 @@ class DataFile:
 
     def name(self, index: int) -> str:
         """Full name in the state of tensor number ``index``."""
-        return self.entry.prefix + self.entry.tensors[index].name
+        return self.entry.prefix + self.entry.tensors.names[index]
 
     def names_in(self, block: int) -> list[str]:
         """The tensors that have bytes in block number ``block``."""
@@ -79,7 +79,7 @@ class Contents:
         """Every tensor's stored form by its full name in the state."""
         found: dict[str, TensorEntry] = {}
         for file in self.files:
-            for entry in file.entry.tensors:
+            for entry in file.entry.tensors.rows():
                 if found.setdefault(file.entry.prefix + entry.name, entry) is not entry:
                     raise FormatError(f"{self.commit.id} lists tensor {entry.name[:80]!r} twice", id=self.commit.id)
         return found
@@ -190,7 +190,7 @@ def read_tensors(
 
 
 def _wanted_blocks(file: DataFile, wanted: Mapping[str, Sink]) -> Iterator[tuple[int, list[Piece]]]:
-    chosen = {index for index in range(len(file.entry.tensors)) if file.name(index) in wanted}
+    chosen = {index for index in range(len(file.stream.rows)) if file.name(index) in wanted}
     if not chosen:
         return
     for number in range(len(file.entry.blocks)):

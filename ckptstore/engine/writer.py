@@ -12,7 +12,7 @@ from ckptstore.format import layout
 from ckptstore.format.codecs import Compression, encode
 from ckptstore.format.digest import block_digest
 from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import BlockEntry, FileEntry, TensorEntry
+from ckptstore.format.records import BlockEntry, FileEntry, TensorEntry, TensorTable
 from ckptstore.format.tensorfile import TensorFile, TensorRow, storage_order
 from ckptstore.storage.base import ObjectWriter, Slot, Storage
 
@@ -153,7 +153,7 @@ class _File:
     def entry(self) -> FileEntry:
         """The finished file's entry in the part."""
         tensors = [
-            TensorEntry(name=row.name, dtype=row.dtype, shape=list(row.shape), logical=source.spec.logical)
+            TensorEntry(row.name, row.dtype, row.shape, source.spec.logical)
             for row, source in zip(self.stream.rows, self.sources, strict=True)
         ]
         return FileEntry(
@@ -161,7 +161,7 @@ class _File:
             owner=str(self.id),
             prefix=self.prefix,
             stored_bytes=self._stored_bytes,
-            tensors=tensors,
+            tensors=TensorTable.of(tensors),
             blocks=[block for block in self._blocks if block is not None],
         )
 

@@ -174,7 +174,7 @@ def _tasks(
         try:
             reader = open_file(storage, file, contents.commit.id)
         except IntegrityError as error:
-            found.add(error, [file.name(index) for index in range(len(file.entry.tensors))])
+            found.add(error, [file.name(index) for index in range(len(file.stream.rows))])
             continue
         readers.callback(reader.close)
         numbers = range(len(file.entry.blocks))
