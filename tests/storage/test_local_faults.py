@@ -277,30 +277,6 @@ def test_refused_direct_transfers_go_through_the_cache(
     assert (root / "x").read_bytes() == b"x" * 10_000 + b"y" * 10_000
 
 
-def test_aligned_blocks_are_written_from_the_callers_memory(
-    storage: LocalStorage, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two whole blocks and a tail: three writes, the last a padded page, cut off again at the end."""
-    if not storage.capabilities.direct_io:
-        pytest.skip("no direct I/O here")
-    real, written = os.pwrite, []
-
-    def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        written.append((offset, len(data)))
-        return real(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    block = 1 << 20
-    pieces = [os.urandom(block), os.urandom(block), os.urandom(100)]
-    writer = storage.open_writer("x", size=2 * block + 100)
-    for piece in pieces:
-        writer.write(writer.reserve(len(piece)), aligned(piece))
-
-    assert writer.finish() == 2 * block + 100
-    assert written == [(0, block), (block, block), (2 * block, 4096)]
-    assert (root / "x").read_bytes() == b"".join(pieces)
-
-
 def test_aborting_while_others_write_never_touches_another_file(root: Path) -> None:
     """A thread inside ``write`` keeps the descriptor; the next file gets another one."""
     storage = LocalStorage(root, direct=False)

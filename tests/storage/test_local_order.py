@@ -105,3 +105,17 @@ def test_delete_syncs_each_folder_once(storage: LocalStorage, calls: list[str]) 
 
     storage.delete(["a/b/z"])
     assert calls == ["unlink z", "fsync b", "rmdir b", "fsync a", "rmdir a", "fsync root"]
+
+
+@needs_proc
+def test_a_folder_that_another_process_removed_is_synced_again(
+    storage: LocalStorage, root: Path, calls: list[str]
+) -> None:
+    storage.create("a/x", b"")
+    (root / "a/x").unlink()
+    (root / "a").rmdir()
+    calls.clear()
+
+    storage.create("a/y", b"")
+
+    assert calls[:2] == ["mkdir a", "fsync root"]
