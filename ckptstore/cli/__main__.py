@@ -1,0 +1,7 @@
+"""``python -m ckptstore.cli`` is the command ``ckptstore``."""
+
+from __future__ import annotations
+
+from ckptstore.cli.main import main
+
+main()

@@ -1,0 +1,47 @@
+"""Opening the store that a command names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ckptstore.cli.outcome import CommandError
+from ckptstore.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from ckptstore.engine.catalogue import Catalogue
+    from ckptstore.store import Store
+
+
+@contextmanager
+def looking(url: str) -> Iterator[tuple[Store, Catalogue]]:
+    """The store at ``url``, open for reading only, and what its records say.
+
+    Raises:
+        CommandError: there is none. A checkpoint that is missing in a store is another thing.
+    """
+    from ckptstore.store import open
+
+    try:
+        store = open(url, read_only=True)
+        catalogue = store.catalogue()
+    except NotFoundError as error:
+        raise CommandError(str(error), code="no_store") from error
+    with store:
+        yield store, catalogue
+
+
+@contextmanager
+def changing(url: str) -> Iterator[Store]:
+    """The store at ``url``, open for changes; one that isn't there is not made.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from ckptstore.store import open
+
+    with looking(url):
+        pass
+    with open(url) as store:
+        yield store

@@ -1,0 +1,109 @@
+"""``ckptstore ls``: what is there, newest last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from ckptstore.cli import texts
+from ckptstore.cli.access import looking
+from ckptstore.cli.outcome import BAD_NEWS
+from ckptstore.cli.terminal import answer, emit, json_option, note, plain, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage
+    from ckptstore.format.layout import CheckpointId
+
+
+class _Row(NamedTuple):
+    """A line of the list: a checkpoint, or the damage where its record should be."""
+
+    order: CheckpointId
+    status: str
+    checkpoint: Checkpoint | None
+    damage: Damage | None = None
+
+
+@click.command()
+@click.argument("url")
+@click.option("--deleted", is_flag=True, help="Also those in the trash, which undelete can bring back.")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@json_option
+@click.pass_context
+def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, as_json: bool) -> None:
+    """List the checkpoints at URL, the newest last.
+
+    Answers which checkpoints exist: what was committed and not deleted. Reads the commit records only, so it
+    is quick; whether the data is good, "ckptstore verify" tells. The id is shown as short as it can be; --json
+    has all of it.
+
+    \b
+      ckptstore ls runs/gpt2
+      ckptstore ls runs/gpt2 --last 5
+      ckptstore ls runs/gpt2 --json | jq -r '.checkpoints[-1].id'
+
+    Exit codes: 0 good; 1 a commit record is damaged (its row says so); 2 no store at URL or wrong use.
+    """
+    with looking(url) as (store, catalogue):
+        holds = store.holds()
+    short = texts.short_ids(str(row.order) for row in _rows(catalogue, deleted=True))
+    rows = _rows(catalogue, deleted)[-last if last else None :]
+    if as_json:
+        emit(_document(store.url, rows, short, holds))
+    else:
+        answer(_table(rows, short, holds))
+    if catalogue.damaged:
+        damaged = texts.count_text(len(catalogue.damaged), "commit record")
+        note(f"{damaged} damaged; 'ckptstore verify {url}' says what is wrong")
+        ctx.exit(BAD_NEWS)
+
+
+def _rows(catalogue: Catalogue, deleted: bool) -> list[_Row]:
+    from ckptstore.format.layout import parse_id
+
+    rows = [_Row(c.order, "good", c) for c in catalogue.checkpoints]
+    rows += [_Row(parse_id(d.id), "damaged", None, d) for d in catalogue.damaged if d.id]
+    rows += [_Row(c.order, "deleted", c) for c in catalogue.buried if deleted]
+    return sorted(rows, key=lambda row: row.order)
+
+
+def _document(url: str, rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str]) -> dict[str, object]:
+    def of(status: str) -> list[dict[str, object]]:
+        found = ((row.checkpoint, row.order) for row in rows if row.status == status)
+        return [{"short": short[str(id)], **texts.checkpoint_fields(c, holds)} for c, id in found if c is not None]
+
+    damaged = [texts.damage_fields(row.damage) for row in rows if row.damage is not None]
+    return {"url": url, "checkpoints": of("good"), "deleted": of("deleted"), "damaged": damaged}
+
+
+def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str]) -> Table:
+    from rich.text import Text
+
+    numbers = ("step", "epoch", "size")
+    made = table("id", "step", "epoch", "created", "size", "metrics", "marks", "reasons", right=numbers)
+    for row in rows:
+        style = {"good": "", "deleted": "dim", "damaged": "red"}[row.status]
+        made.add_row(*(Text(plain(cell)) for cell in _cells(row, short[str(row.order)], holds)), style=style)
+    return made
+
+
+def _cells(row: _Row, short: str, holds: Mapping[str, str]) -> list[str]:
+    marks = [] if row.status == "good" else [row.status]
+    marks += [f"held: {name}" for name in texts.holds_of(str(row.order), holds)]
+    c = row.checkpoint
+    if c is None:
+        return [short, str(row.order.step), "", "", "", "", ", ".join(marks), ""]
+    return [
+        short,
+        str(c.step),
+        "" if c.epoch is None else str(c.epoch),
+        texts.time_text(c.created),
+        texts.size_text(c.stored_bytes),
+        texts.metrics_text(c.metrics),
+        ", ".join(marks),
+        ", ".join(c.reasons),
+    ]

@@ -1,0 +1,83 @@
+"""The command ``ckptstore``: finds a subcommand's module when it is called, and turns its end into an exit code."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from ckptstore import __version__
+from ckptstore.cli.outcome import reported
+
+_HOMES = {
+    "ls": "ls",
+    "show": "show",
+    "verify": "verify",
+    "hold": "hold",
+    "release": "hold",
+    "delete": "delete",
+    "undelete": "delete",
+    "prune": "prune",
+    "bench": "bench",
+}
+"""The module of each command, in the order in which the help lists them."""
+
+
+class CommandGroup(click.Group):
+    """Imports a command's module on use, and reports every error as one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _HOMES:
+            return None
+        command = getattr(importlib.import_module(f"ckptstore.cli.{_HOMES[cmd_name]}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Looked up here, because a script that misuses an option shall read its error as JSON too.
+        ctx.meta["json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with reported(as_json=ctx.meta["json"]):
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion in the shell: eval "$(_CKPTSTORE_COMPLETE=bash_source ckptstore)" (zsh_source, fish_source).',
+)
+@click.version_option(__version__, prog_name="ckptstore")
+def cli() -> None:
+    """Look at, prove and keep the checkpoints of training runs.
+
+    URL is a path, file:///path or memory://name. Looking never disturbs a running job.
+
+    SELECTOR names one checkpoint: latest, best:METRIC (or best:METRIC:max), step:1000, epoch:3,
+    milestone:1B, a hold's name, or the beginning of an id.
+
+    \b
+      ckptstore ls runs/gpt2                 what is there?
+      ckptstore show runs/gpt2 best:val_loss what does the best one hold?
+      ckptstore verify runs/gpt2             is every byte as it was saved?
+
+    \b
+    Exit codes, the same for all commands:
+      0    good
+      1    bad news: damage found, no such checkpoint, held and so not deleted
+      2    wrong use, no store at URL, or the storage failed
+      130  interrupted
+
+    With --json the answer goes to stdout as one JSON document; progress, warnings and errors go to stderr.
+    An error is then also on stdout, as {"error": {"code": ..., "message": ...}}.
+    """
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    cli(prog_name="ckptstore")

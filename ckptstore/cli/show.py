@@ -1,0 +1,165 @@
+"""``ckptstore show``: what one checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptstore.cli import texts
+from ckptstore.cli.access import looking
+from ckptstore.cli.outline import Branch, draw, grow, plain_values, value_text, wanted
+from ckptstore.cli.terminal import answer, emit, json_option, plain, table
+from ckptstore.errors import FormatError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from ckptstore.engine.catalogue import Checkpoint
+    from ckptstore.engine.reader import Contents, DataFile
+
+_Tensors = dict[str, dict[str, Any]]
+_Values = dict[str, Any]
+
+
+@click.command()
+@click.argument("url")
+@click.argument("selector", default="latest")
+@click.option("--depth", type=click.IntRange(min=1), default=3, show_default=True, help="Levels of names to unfold.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only these names, as 'model/*'. Can be repeated.")
+@json_option
+def show(url: str, selector: str, depth: int, only: tuple[str, ...], as_json: bool) -> None:
+    """Show what a checkpoint holds.
+
+    Step, metrics, reasons, times and sizes; the files with their blocks; the plain values; the tensors with
+    shape, type and bytes. SELECTOR is "latest" by default. Nothing but records is read, and nothing is run.
+
+    \b
+      ckptstore show runs/gpt2
+      ckptstore show runs/gpt2 best:val_loss --only 'model/*' --depth 9
+      ckptstore show runs/gpt2 step:1000 --json | jq '.tensors | keys'
+
+    Exit codes: 0 good; 1 no such checkpoint, or its records are damaged; 2 no store at URL or wrong use.
+    """
+    with looking(url) as (store, _):
+        checkpoint = store.resolve(selector)
+        contents = store.contents(checkpoint)
+        holds = store.holds()
+    tensors = {name: it for name, it in _tensors(contents).items() if wanted(name, only)}
+    values = {path: it for path, it in _values(contents).items() if wanted(path, only)}
+    if as_json:
+        emit(_document(checkpoint, contents, holds, tensors, values))
+    else:
+        answer(_head(checkpoint, holds), "", _files(contents), "", *_trees(tensors, values, depth))
+
+
+def _tensors(contents: Contents) -> _Tensors:
+    from ckptstore.format.tensorfile import TensorRow
+
+    found = {}
+    for name, entry in contents.tensors.items():
+        size = TensorRow(entry.name, entry.dtype, tuple(entry.shape)).nbytes
+        found[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "bytes": size, "logical": entry.logical}
+    return found
+
+
+def _values(contents: Contents) -> _Values:
+    many = len(contents.parts) > 1
+    found: _Values = {}
+    for part in contents.parts:
+        try:
+            found.update(plain_values(part.tree, f"rank {part.rank}" if many else ""))
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise FormatError(f"{contents.commit.id}: the tree of rank {part.rank} is malformed: {error}") from error
+    return found
+
+
+def _document(
+    checkpoint: Checkpoint, contents: Contents, holds: Mapping[str, str], tensors: _Tensors, values: _Values
+) -> dict[str, Any]:
+    return {
+        **texts.checkpoint_fields(checkpoint, holds),
+        "tensors": tensors,
+        "files": [_file_fields(file) for file in contents.files],
+        "values": {path: _finite(value) for path, value in values.items()},
+    }
+
+
+def _file_fields(file: DataFile) -> dict[str, Any]:
+    return {
+        "key": file.key,
+        "name": file.entry.name,
+        "owner": file.entry.owner,
+        "tensors": len(file.entry.tensors.names),
+        "blocks": len(file.entry.blocks),
+        "codecs": sorted({block.codec for block in file.entry.blocks}),
+        "raw_bytes": sum(block.raw for block in file.entry.blocks),
+        "stored_bytes": file.entry.stored_bytes,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _head(checkpoint: Checkpoint, holds: Mapping[str, str]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold")
+    made.add_column()
+    for name, value in _facts(checkpoint, holds):
+        if value:
+            made.add_row(name, Text(plain(value)))
+    return made
+
+
+def _facts(c: Checkpoint, holds: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    ratio = f", {c.stored_bytes / c.raw_bytes:.2f} of its size in memory" if c.raw_bytes else ""
+    yield "id", c.id
+    yield "step", str(c.step)
+    yield "epoch", "" if c.epoch is None else str(c.epoch)
+    yield "metrics", ", ".join(f"{name} {value:.6g} ({c.modes.get(name)} is best)" for name, value in c.metrics.items())
+    yield "reasons", ", ".join(c.reasons)
+    yield "held by", ", ".join(texts.holds_of(c.id, holds))
+    yield "created", f"{texts.time_text(c.created)} (UTC {c.created:%Y-%m-%d %H:%M:%S})"
+    yield "size", f"{texts.size_text(c.stored_bytes)} stored{ratio} ({texts.size_text(c.raw_bytes)})"
+    yield "parameters", f"{c.parameters:,}" if c.parameters else ""
+    yield "ranks", str(c.world_size) if c.world_size > 1 else ""
+
+
+def _files(contents: Contents) -> Table:
+    from rich.text import Text
+
+    numbers = ("tensors", "blocks", "stored", "raw")
+    made = table("file", *numbers, "codec", "borrowed from", right=numbers)
+    for file in contents.files:
+        it = _file_fields(file)
+        sizes = texts.size_text(it["stored_bytes"]), texts.size_text(it["raw_bytes"])
+        borrowed = it["owner"] if it["owner"] != contents.commit.id else ""
+        cells = (it["name"], str(it["tensors"]), str(it["blocks"]), *sizes, ", ".join(it["codecs"]), borrowed)
+        made.add_row(*(Text(plain(cell)) for cell in cells))
+    return made
+
+
+def _trees(tensors: _Tensors, values: _Values, depth: int) -> Iterator[RenderableType]:
+    if values:
+        leaves = ((path, f" = {value_text(value)}", 0) for path, value in values.items())
+        yield draw("plain values", grow(leaves, "/"), depth, lambda b: texts.count_text(b.count, "value"))
+        yield ""
+    rows = ((name, f"  {it['dtype']}{it['shape']}  {_what(it)}", it["bytes"]) for name, it in tensors.items())
+    root = grow(rows, "/.")
+    yield draw(f"{_summary(root)} in all", root, depth, _summary)
+
+
+def _what(tensor: dict[str, Any]) -> str:
+    logical = f" as {tensor['logical']}" if tensor["logical"] else ""
+    return texts.size_text(tensor["bytes"]) + logical
+
+
+def _summary(branch: Branch) -> str:
+    return f"{texts.count_text(branch.count, 'tensor')}, {texts.size_text(branch.stored_bytes)}"

@@ -1,0 +1,94 @@
+"""What goes to stdout and stderr: the answer on the one, progress and remarks on the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+# Where nobody looks, lines are cut or wrapped by whoever reads them.
+_UNBOUNDED = 10_000
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Answer with one JSON document on stdout.")
+"""Every command has it."""
+
+
+def emit(document: Any) -> None:
+    """The machine's answer on stdout."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A remark for people, which is no part of the answer."""
+    click.echo(text, err=True)
+
+
+def plain(text: str) -> str:
+    """``text`` without what a terminal would obey: a checkpoint's names and reasons come from anybody."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def answer(*parts: RenderableType) -> None:
+    """The person's answer on stdout; colours and line breaks only where a terminal shows it."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+    for part in parts:
+        # By way of click: rich ends the process itself when the reader of a pipe has gone.
+        with console.capture() as captured:
+            console.print(plain(part) if isinstance(part, str) else part, markup=False)
+        click.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table without frames; the columns named in ``right`` hold numbers."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != "reasons")
+    return made
+
+
+@contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over bytes on stderr, or None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total or None)
+
+
+@contextmanager
+def round_progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar over operations on stderr that says which one runs, or None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)

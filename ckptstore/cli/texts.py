@@ -1,0 +1,106 @@
+"""Numbers, times and checkpoints as people and scripts read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptstore.engine.catalogue import Checkpoint, Damage
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size_text(count: float) -> str:
+    """Bytes in decimal units with three digits, as ``1.23 GB``."""
+    value = float(count)
+    for unit in _UNITS:
+        # 999.5 would be shown as 1000.
+        if value < 999.5 or unit == _UNITS[-1]:
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def rate_text(count: float, seconds: float) -> str:
+    """Bytes per second, as ``1.43 GB/s``."""
+    return f"{size_text(count / seconds)}/s" if seconds > 0 else "-"
+
+
+def time_text(created: datetime) -> str:
+    """Local time to the second."""
+    return f"{created.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Metrics in a row, as ``val_loss 3.1, acc 0.52``."""
+    return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+
+
+def count_text(count: int, noun: str) -> str:
+    """A number with its noun, as ``1 file`` and ``2 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def one_line(checkpoint: Checkpoint) -> str:
+    """A checkpoint in a sentence: which one it is and what would be lost with it."""
+    parts = [f"step {checkpoint.step}"]
+    if checkpoint.epoch is not None:
+        parts.append(f"epoch {checkpoint.epoch}")
+    if checkpoint.metrics:
+        parts.append(metrics_text(checkpoint.metrics))
+    parts += [size_text(checkpoint.stored_bytes), f"saved {time_text(checkpoint.created)}"]
+    return f"{checkpoint.id} ({', '.join(parts)})"
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """For each id its shortest beginning, cut at a "-", that names no other one."""
+    ordered = sorted(ids)
+    short = {}
+    for index, id in enumerate(ordered):
+        neighbours = ordered[max(index - 1, 0) : index] + ordered[index + 1 : index + 2]
+        parts = id.split("-")
+        beginnings = ("-".join(parts[:count]) for count in range(2, len(parts)))
+        short[id] = next((b for b in beginnings if not any(n.startswith(b) for n in neighbours)), id)
+    return short
+
+
+def checkpoint_fields(checkpoint: Checkpoint, holds: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint as JSON. Metrics that are no finite numbers are text, as in the commit record."""
+    from ckptstore.format.records import metric
+
+    return {
+        "id": checkpoint.id,
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "created": checkpoint.created.isoformat(),
+        "metrics": {name: metric(value) for name, value in checkpoint.metrics.items()},
+        "modes": dict(checkpoint.modes),
+        "reasons": list(checkpoint.reasons),
+        "holds": holds_of(checkpoint.id, holds),
+        "parameters": checkpoint.parameters,
+        "tensor_count": checkpoint.tensors,
+        "file_count": checkpoint.files,
+        "raw_bytes": checkpoint.raw_bytes,
+        "stored_bytes": checkpoint.stored_bytes,
+        "world_size": checkpoint.world_size,
+    }
+
+
+def damage_fields(damage: Damage) -> dict[str, Any]:
+    """Damage as JSON."""
+    return {
+        "key": damage.key,
+        "problem": damage.problem,
+        "id": damage.id,
+        "block": damage.block,
+        "tensors": list(damage.tensors),
+    }
+
+
+def holds_of(id: str, holds: Mapping[str, str]) -> list[str]:
+    """The names of the holds that pin ``id``."""
+    return sorted(name for name, held in holds.items() if held == id)

@@ -1,0 +1,53 @@
+"""What can be written after an option: durations, sizes and shares, with their units."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+_NUMBER = r"(\d{1,15}(?:\.\d{1,9})?)"
+_DURATION = re.compile(_NUMBER + r"([smhd])", re.ASCII)
+_SIZE = re.compile(_NUMBER + r"(?:([kKMGT])(i?))?B", re.ASCII)
+_SHARE = re.compile(_NUMBER + r"(%?)", re.ASCII)
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+_POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def duration_s(text: str) -> float:
+    """``90s``, ``10m``, ``24h`` or ``7d`` in seconds.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no duration; write a number and a unit, as 90s, 10m, 24h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def size_bytes(text: str) -> int:
+    """``100MB``, ``1GB`` or ``1GiB`` in bytes.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size; write a number and a unit, as 100MB, 1GB or 1GiB")
+    unit: int = (1024 if match[3] else 1000) ** _POWERS[match[2]]
+    return round(float(match[1]) * unit)
+
+
+def share(text: str) -> float:
+    """``10%`` or ``0.1``: over 0 and at most 1.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    match = _SHARE.fullmatch(text)
+    value = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < value <= 1:
+        raise click.BadParameter(f"{text!r} is no share; write 10% or 0.1 (over 0, at most 100%)")
+    return value

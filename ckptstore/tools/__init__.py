@@ -1,0 +1,1 @@
+"""Tools over stores, as functions; the command line is thin above them."""
