@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from ckptstore.engine.buffers import BufferPool
@@ -117,7 +118,7 @@ class _File:
         self.stream = TensorFile.of(rows)
         self.turnstile = Turnstile()
         self._blocks: list[BlockEntry | None] = [None] * len(self.stream.block_lengths)
-        self._bytes_left = [row.nbytes for row in rows]
+        self._bytes_left = [end - begin for begin, end in pairwise(self.stream.begins)]
         self._slots: list[Slot] | None = None
         self._writer: ObjectWriter | None = None
         self._blocks_left = len(self._blocks)
