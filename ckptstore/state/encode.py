@@ -211,7 +211,8 @@ class Encoder:
 
     def _list(self, value: list[Any], path: str) -> Json:
         if _is_plain(value):
-            return list(value)
+            with self.inside(value, path):
+                return list(value)
         return self.sequence(value, path)
 
     def sequence(self, value: Iterable[Any], path: str) -> list[Json]:

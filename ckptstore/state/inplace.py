@@ -17,6 +17,7 @@ from ckptstore.state.decode import Maker
 from ckptstore.state.dtypes import TORCH_STORED, torch_name
 from ckptstore.state.encode import Encoder
 from ckptstore.state.registry import is_namedtuple, type_name
+from ckptstore.state.tensors import CARRIERS
 
 GENERATOR_KINDS = {cls: kind for kind, cls in rng.GENERATORS.items()}
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -90,6 +91,10 @@ def code_of(dtype: torch.dtype) -> str:
 
 
 def copy_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy in place, with conversion where the types differ."""
+    if target.dtype not in _CASTABLE:
+        # torch moves the bits of types that it has no copy for as integers.
+        target, value = target.view(CARRIERS[target.element_size()]), value.view(CARRIERS[value.element_size()])
     with torch.no_grad():
         target.copy_(value)
 

@@ -40,9 +40,14 @@ class Restoration:
             StateError: an object refused what was saved.
             FormatError: a value was malformed.
         """
-        for step in self._steps:
-            step()
-        return self._result()
+        try:
+            for step in self._steps:
+                step()
+            return self._result()
+        except CheckpointError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise FormatError(f"a value of the checkpoint can't be restored: {error}") from error
 
 
 def restore_plain(tree: Json, specs: Sequence[TensorSpec], *, only: Sequence[str] | None = None) -> Restoration:
@@ -62,7 +67,7 @@ def restore_plain(tree: Json, specs: Sequence[TensorSpec], *, only: Sequence[str
             tree = Selection(only, whole_statefuls=False).prune(tree)
         decoder = Decoder(specs)
         make = decoder.parse(tree, "")
-    return Restoration(decoder.wanted, LoadReport(), [], _guarded(make))
+    return Restoration(decoder.wanted, LoadReport(), [], make)
 
 
 def restore_into(
@@ -101,15 +106,3 @@ class _Bounded:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RecursionError):
             raise FormatError("the tree is nested deeper than any state that can be saved") from error
-
-
-def _guarded(make: Maker) -> Maker:
-    def result() -> object:
-        try:
-            return make()
-        except CheckpointError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"the tree is malformed: {error}") from error
-
-    return result

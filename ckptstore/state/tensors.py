@@ -18,8 +18,9 @@ Bytes = npt.NDArray[np.uint8]
 MAX_DIMENSIONS = 64
 """The most that NumPy handles."""
 
-# Item size → a type that torch can copy, so that types without arithmetic are moved too.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Item size → a type that torch can copy, so that types without arithmetic are moved too."""
+
 # One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
 _LOCK = threading.Lock()
 
@@ -88,7 +89,7 @@ class TensorSource:
 def tensor_image(tensor: torch.Tensor) -> Bytes:
     """The tensor's bytes, as a view of its own memory where that is contiguous and on the CPU."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    tensor = tensor.view(_CARRIERS[tensor.element_size()])
+    tensor = tensor.view(CARRIERS[tensor.element_size()])
     image: Bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return image
 
