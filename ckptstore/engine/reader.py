@@ -27,10 +27,9 @@ from ckptstore.format.records import (
     ManifestRecord,
     PartRecord,
     Sealed256,
-    TensorEntry,
     parse,
 )
-from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile
+from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile, TensorRow
 from ckptstore.storage.base import ALIGNMENT, ObjectReader, Storage
 
 Progress = Callable[[int, int], None]
@@ -75,13 +74,13 @@ class Contents:
         return [DataFile(entry, entry.layout()) for part in self.parts for entry in part.files]
 
     @cached_property
-    def tensors(self) -> dict[str, TensorEntry]:
+    def tensors(self) -> dict[str, TensorRow]:
         """Every tensor's stored form by its full name in the state."""
-        found: dict[str, TensorEntry] = {}
+        found: dict[str, TensorRow] = {}
         for file in self.files:
-            for entry in file.entry.tensors.rows():
-                if found.setdefault(file.entry.prefix + entry.name, entry) is not entry:
-                    raise FormatError(f"{self.commit.id} lists tensor {entry.name[:80]!r} twice", id=self.commit.id)
+            for row in file.stream.rows:
+                if found.setdefault(file.entry.prefix + row.name, row) is not row:
+                    raise FormatError(f"{self.commit.id} lists tensor {row.name[:80]!r} twice", id=self.commit.id)
         return found
 
 

@@ -13,7 +13,7 @@ from ckptstore.format import layout
 from ckptstore.format.codecs import Compression, encode
 from ckptstore.format.digest import block_digest
 from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import BlockEntry, FileEntry, TensorEntry, TensorTable
+from ckptstore.format.records import BlockEntry, FileEntry, TensorTable
 from ckptstore.format.tensorfile import TensorFile, TensorRow, storage_order
 from ckptstore.storage.base import ObjectWriter, Slot, Storage
 
@@ -113,7 +113,9 @@ class _File:
     def __init__(self, id: CheckpointId, name: str, prefix: str, sources: Sequence[Source]) -> None:
         self.id, self.name, self.prefix = id, name, prefix
         by_name = {source.spec.name.removeprefix(prefix): source for source in sources}
-        rows = storage_order(TensorRow(n, s.spec.dtype, tuple(s.spec.shape)) for n, s in by_name.items())
+        rows = storage_order(
+            TensorRow(n, s.spec.dtype, tuple(s.spec.shape), s.spec.logical) for n, s in by_name.items()
+        )
         self.sources = [by_name[row.name] for row in rows]
         self.stream = TensorFile.of(rows)
         self.turnstile = Turnstile()
@@ -153,16 +155,12 @@ class _File:
 
     def entry(self) -> FileEntry:
         """The finished file's entry in the part."""
-        tensors = [
-            TensorEntry(row.name, row.dtype, row.shape, source.spec.logical)
-            for row, source in zip(self.stream.rows, self.sources, strict=True)
-        ]
         return FileEntry(
             name=self.name,
             owner=str(self.id),
             prefix=self.prefix,
             stored_bytes=self._stored_bytes,
-            tensors=TensorTable.of(tensors),
+            tensors=TensorTable.of(self.stream.rows),
             blocks=[block for block in self._blocks if block is not None],
         )
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -176,15 +176,6 @@ class BlockEntry(Record):
         return self
 
 
-class TensorEntry(NamedTuple):
-    """One tensor: its name in the file, and its stored form; ``logical`` where it is something else in memory."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    logical: str | None
-
-
 class TensorTable(Record):
     """The tensors of a file by column, which for 100,000 tensors is five times faster than by row."""
 
@@ -201,7 +192,7 @@ class TensorTable(Record):
         return self
 
     @classmethod
-    def of(cls, rows: Sequence[TensorEntry]) -> Self:
+    def of(cls, rows: Sequence[TensorRow]) -> Self:
         """The table of ``rows``; the inverse of ``rows()``."""
         return cls(
             names=[row.name for row in rows],
@@ -210,10 +201,10 @@ class TensorTable(Record):
             logical={row.name: row.logical for row in rows if row.logical is not None},
         )
 
-    def rows(self) -> list[TensorEntry]:
-        """One entry a tensor, in the order of the file."""
+    def rows(self) -> list[TensorRow]:
+        """One row a tensor, in the order of the file."""
         columns = zip(self.names, self.dtypes, self.shapes, strict=True)
-        return [TensorEntry(name, dtype, tuple(shape), self.logical.get(name)) for name, dtype, shape in columns]
+        return [TensorRow(name, dtype, tuple(shape), self.logical.get(name)) for name, dtype, shape in columns]
 
 
 class FileEntry(Record):
@@ -246,7 +237,7 @@ class FileEntry(Record):
         Raises:
             FormatError: the tensor table is bad, or the blocks don't cover the stream exactly.
         """
-        stream = TensorFile.of([TensorRow(row.name, row.dtype, row.shape) for row in self.tensors.rows()])
+        stream = TensorFile.of(self.tensors.rows())
         if stream.block_lengths != [block.raw for block in self.blocks]:
             raise FormatError(f"the blocks of {self.name} don't cover its tensors exactly", key=self.name)
         return stream

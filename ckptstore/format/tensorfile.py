@@ -37,11 +37,13 @@ _MAX_ELEMENTS = 1 << 60
 
 
 class TensorRow(NamedTuple):
-    """A tensor as stored: name within the file, safetensors type, shape of the stored elements."""
+    """A tensor as stored: name within the file, safetensors type and shape of the stored elements."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    logical: str | None = None
+    """What it is in memory, where the stored elements are something else."""
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +137,7 @@ class TensorFile:
 def _sizes(rows: Sequence[TensorRow]) -> Iterator[int]:
     # Models repeat few shapes many times: each is checked once.
     known: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, dtype, shape in rows:
+    for name, dtype, shape, _ in rows:
         size = known.get((dtype, shape))
         if size is None:
             size = known[dtype, shape] = stored_size(dtype, shape, name)
@@ -146,7 +148,7 @@ def _header(rows: Sequence[TensorRow], ends: Sequence[int]) -> bytes:
     if any(row.name == "__metadata__" for row in rows):
         raise FormatError("no tensor can be named '__metadata__'")
     entries = ['"__metadata__":{"format":"pt"}']
-    for (name, dtype, shape), begin, end in zip(rows, ends, ends[1:], strict=False):
+    for (name, dtype, shape, _), begin, end in zip(rows, ends, ends[1:], strict=False):
         dims = ",".join(map(str, shape))
         # Written by hand: json.dumps takes five times as long, which 100,000 tensors make felt.
         entries.append(
