@@ -185,15 +185,6 @@ class Store:
         _warn_damaged(catalogue.damaged)
         return list(catalogue.checkpoints)
 
-    def catalogue(self) -> Catalogue:
-        """All that the records say, without warnings: checkpoints, those in the trash, and damaged records.
-
-        Raises:
-            NotFoundError: there is no store at this URL.
-            StorageError: the storage can't be read completely; never taken for "empty".
-        """
-        return self._scan()
-
     def resolve(self, selector: str = "latest") -> Checkpoint:
         """The checkpoint that ``selector`` names: ``latest``, ``best:METRIC``, ``step:N``, ``epoch:N``,
         ``milestone:NAME``, a hold's name, or the beginning of an id.
