@@ -63,10 +63,11 @@ def is_key_node(node: object) -> bool:
     """Whether a node can be a key: its value is hashable and needs no tensor."""
     if not isinstance(node, dict):
         return not isinstance(node, list)
-    if node.get(TAG) in KEY_CONTAINERS:
-        items = node.get("items")
-        return isinstance(items, list) and all(is_key_node(item) for item in items)
-    return node.get(TAG) in KEY_KINDS and "tensor" not in node
+    kind = node.get(TAG)
+    if not isinstance(kind, str) or kind in KEY_KINDS:
+        return isinstance(kind, str) and "tensor" not in node
+    items = node.get("items")
+    return kind in KEY_CONTAINERS and isinstance(items, list) and all(map(is_key_node, items))
 
 
 class Encoder:

@@ -153,7 +153,7 @@ def test_names_stay_unique() -> None:
 
 
 NUMPY = [
-    *(np.arange(6).reshape(2, 3).astype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "c16")),
+    *(np.arange(6).reshape(2, 3).astype(code) for code in "f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 c16".split()),
     np.array([True, False]), np.arange(4, dtype=">f8"), np.arange(4, dtype=">i2"), np.array(2.5), np.zeros((0, 4)),
     np.arange(12).reshape(3, 4).T, np.arange(12)[::-2], np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     np.array([1 + 2j], "c8"), np.array([1 + 2j], ">c16"), np.array(["2024-01-01", "NaT"], "M8[D]"),
