@@ -177,7 +177,7 @@ def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
         if name is None:
             continue
         try:
-            holds[name] = unseal(storage.read(entry.key, limit=SMALL_LIMIT), entry.key, [HoldRecord]).id
+            holds[name] = _held(unseal(storage.read(entry.key, limit=SMALL_LIMIT), entry.key, [HoldRecord]), name)
         except NotFoundError:
             continue
         except CheckpointError as error:
@@ -185,3 +185,9 @@ def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
                 raise
             damaged.append(Damage(entry.key, str(error)))
     return holds, damaged
+
+
+def _held(record: HoldRecord, name: str) -> str:
+    if record.name != name or layout.try_id(record.id) is None:
+        raise IntegrityError(f"{layout.hold_key(name)} holds the record of {record.name!r} for {record.id[:80]!r}")
+    return record.id

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
-from ckptstore.engine.workers import run
+from ckptstore.engine.workers import Meter, Progress, run
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.codecs import decode
@@ -31,8 +31,6 @@ from ckptstore.format.records import (
 )
 from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile, TensorRow
 from ckptstore.storage.base import ALIGNMENT, ObjectReader, Storage
-
-Progress = Callable[[int, int], None]
 
 
 class Sink(Protocol):
@@ -71,7 +69,7 @@ class Contents:
 
     @cached_property
     def files(self) -> list[DataFile]:
-        return [DataFile(entry, entry.layout()) for part in self.parts for entry in part.files]
+        return [self._file(part, entry) for part in self.parts for entry in part.files]
 
     @cached_property
     def tensors(self) -> dict[str, TensorRow]:
@@ -82,6 +80,19 @@ class Contents:
                 if found.setdefault(file.entry.prefix + row.name, row) is not row:
                     raise FormatError(f"{self.commit.id} lists tensor {row.name[:80]!r} twice", id=self.commit.id)
         return found
+
+    def _file(self, part: PartRecord, entry: FileEntry) -> DataFile:
+        id = self.commit.id
+        key = layout.part_key(parse_id(id), part.rank)
+        if entry.owner not in (id, *self.commit.lenders):
+            # Only those named there are kept for its sake.
+            raise FormatError(
+                f"{key} borrows from {entry.owner}, which is no lender in the commit record", id=id, key=key
+            )
+        try:
+            return DataFile(entry, entry.layout())
+        except FormatError as error:
+            raise FormatError(f"{key} is malformed: {error}", id=id, key=key) from error
 
 
 class BlockTask(NamedTuple):
@@ -102,20 +113,24 @@ def read_contents(storage: Storage, commit: CommitRecord) -> Contents:
     """
     id = parse_id(commit.id)
     key = layout.manifest_key(id)
-    manifest = parse(_read_sealed(storage, key, commit.manifest, commit.id), key, ManifestRecord, limit=MANIFEST_LIMIT)
+    data = _read_sealed(storage, key, commit.manifest, commit.id, limit=MANIFEST_LIMIT)
+    manifest = parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT)
     if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
         raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
     parts = []
     for wanted in manifest.parts:
         key = layout.part_key(id, wanted.rank)
-        part = parse(_read_sealed(storage, key, wanted, commit.id), key, PartRecord, limit=PART_LIMIT)
+        data = _read_sealed(storage, key, wanted, commit.id, limit=PART_LIMIT)
+        part = parse(data, key, PartRecord, limit=PART_LIMIT)
         if (part.id, part.rank) != (commit.id, wanted.rank):
             raise IntegrityError(f"{key} belongs to rank {part.rank} of {part.id}", id=commit.id, key=key)
         parts.append(part)
     return Contents(commit, manifest.digest, parts)
 
 
-def _read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str) -> bytes:
+def _read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit: int) -> bytes:
+    if wanted.size > limit:
+        raise FormatError(f"{key} is said to have {wanted.size} bytes, more than the {limit} allowed", id=id, key=key)
     try:
         size = storage.size(key)
         data = storage.read(key, limit=wanted.size) if size == wanted.size else b""
@@ -171,31 +186,28 @@ def read_tensors(
         IntegrityError: a block is damaged, also when read a second time; sinks may be partly filled.
         StorageError: the backend failed.
     """
-    for file in contents.files:
-        blocks = list(_wanted_blocks(file, wanted))
-        if not blocks:
-            continue
+    plan = [(file, blocks) for file in contents.files if (blocks := _wanted_blocks(file, wanted))]
+    meter = Meter(sum(file.entry.blocks[number].length for file, blocks in plan for number, _ in blocks), progress)
+
+    def deliver(task: BlockTask, raw: memoryview) -> None:
+        for row, begin, length, offset in task.pieces:
+            target = wanted[task.file.name(row)].host()
+            copy_bytes(target[begin : begin + length], raw[offset : offset + length])
+        meter.add(task.file.entry.blocks[task.number].length)
+
+    for file, blocks in plan:
         with closing(open_file(storage, file, contents.commit.id)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
-
-            def deliver(task: BlockTask, raw: memoryview) -> None:
-                for index, begin, length, offset in task.pieces:
-                    target = wanted[task.file.name(index)].host()
-                    copy_bytes(target[begin : begin + length], raw[offset : offset + length])
-                if progress is not None:
-                    progress(len(raw), 0)
-
             check_blocks(contents, tasks, deliver, pool=pool, threads=threads)
 
 
-def _wanted_blocks(file: DataFile, wanted: Mapping[str, Sink]) -> Iterator[tuple[int, list[Piece]]]:
-    chosen = {index for index in range(len(file.stream.rows)) if file.name(index) in wanted}
+def _wanted_blocks(file: DataFile, wanted: Mapping[str, Sink]) -> list[tuple[int, list[Piece]]]:
+    chosen = {row for row in range(len(file.stream.rows)) if file.name(row) in wanted}
     if not chosen:
-        return
-    for number in range(len(file.entry.blocks)):
-        pieces = [piece for piece in file.stream.pieces(number) if piece.row in chosen]
-        if pieces:
-            yield number, pieces
+        return []
+    numbered = ((number, file.stream.pieces(number)) for number in range(len(file.entry.blocks)))
+    found = [(number, [piece for piece in pieces if piece.row in chosen]) for number, pieces in numbered]
+    return [(number, pieces) for number, pieces in found if pieces]
 
 
 def check_blocks(
@@ -238,7 +250,7 @@ def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) 
         stored = _read_checked(contents, task, entry, buffers[0])
     raw = stored if entry.codec == "none" else buffers[1][: entry.raw]
     if raw is not stored:
-        decode(entry.codec, stored, raw)
+        _decode(contents, task, stored, raw)
         _check(contents, task, entry.digest, raw)
     head = task.file.stream.header_part(task.number)
     if raw[: len(head)] != head:
@@ -248,6 +260,14 @@ def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) 
             key=task.file.key,
         )
     return raw
+
+
+def _decode(contents: Contents, task: BlockTask, stored: memoryview, raw: memoryview) -> None:
+    try:
+        decode(task.file.entry.blocks[task.number].codec, stored, raw)
+    except FormatError as error:
+        key = task.file.key
+        raise FormatError(f"block {task.number} of {key}: {error}", id=contents.commit.id, key=key) from error
 
 
 def _read_checked(contents: Contents, task: BlockTask, entry: BlockEntry, buffer: memoryview) -> memoryview:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.commit import commit
 from ckptstore.engine.select import default_mode
-from ckptstore.engine.writer import Progress, Source, write_files
+from ckptstore.engine.workers import Progress
+from ckptstore.engine.writer import Source, write_files
 from ckptstore.errors import (
     CheckpointError,
     NotFoundError,
@@ -120,7 +121,10 @@ class Saver:
             self.check_fence()
         except BaseException as error:
             self._discard(id)
-            raise _failed(id, error) from error
+            failed = _failed(id, error)
+            if failed is error:
+                raise
+            raise failed from error
         self._commit(id, record)
         return record
 

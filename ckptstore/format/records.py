@@ -144,7 +144,7 @@ class ManifestRecord(Record):
     store_id: Text
     id: Text
     digest: Literal["blake3", "sha256"]
-    block_bytes: Literal[16777216]
+    block_bytes: Annotated[int, Field(ge=BLOCK_BYTES, le=BLOCK_BYTES)]
     world_size: Annotated[int, Field(ge=1, lt=1 << 32)]
     parts: list[PartEntry]
 
@@ -238,7 +238,9 @@ class FileEntry(Record):
             FormatError: the tensor table is bad, or the blocks don't cover the stream exactly.
         """
         stream = TensorFile.of(self.tensors.rows())
-        if stream.block_lengths != [block.raw for block in self.blocks]:
+        lengths = [block.raw for block in self.blocks]
+        # The sum first: a shape can be made so large that not even the list of its blocks fits into memory.
+        if sum(lengths) != stream.raw_bytes or lengths != stream.block_lengths:
             raise FormatError(f"the blocks of {self.name} don't cover its tensors exactly", key=self.name)
         return stream
 
@@ -294,13 +296,14 @@ def unseal(data: bytes, key: str, kinds: Iterable[type[_R]]) -> _R:
         seal_found = fields.pop("self", None)
         actual = sha256(_compact(fields))
         whole = seal_found == actual and _indented({**fields, "self": actual}) == data
-    except (FormatError, ValueError) as error:
+    except (FormatError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{key} is damaged: {error}", key=key) from error
     if not whole:
         raise IntegrityError(
             f"{key} is damaged: its seal doesn't hold", key=key, expected=str(seal_found), actual=actual
         )
     model = next((m for m in kinds if _kind(m) == fields.get("kind")), None)
+    _check_format(fields, key)
     if model is None:
         raise FormatError(f"{key} is a record of an unknown kind", key=key)
     return validate(model, fields, key)
@@ -321,7 +324,9 @@ def parse(data: bytes, key: str, model: type[_R], *, limit: int) -> _R:
     Raises:
         FormatError: malformed, over the limit, or of a newer format.
     """
-    return validate(model, parse_json(data, key, limit=limit), key)
+    fields = parse_json(data, key, limit=limit)
+    _check_format(fields, key)
+    return validate(model, fields, key)
 
 
 def validate(model: type[_R], fields: Any, key: str) -> _R:
@@ -330,10 +335,6 @@ def validate(model: type[_R], fields: Any, key: str) -> _R:
     Raises:
         FormatError: naming the first field that is wrong.
     """
-    if isinstance(fields, dict) and type(fields.get("format")) is int and fields["format"] > FORMAT:
-        raise FormatError(
-            f"{key} has format {fields['format']}, this ckptstore reads up to {FORMAT}: install a newer one", key=key
-        )
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -353,7 +354,9 @@ def parse_json(data: bytes, key: str, *, limit: int) -> Any:
     if len(data) > limit:
         raise FormatError(f"{key} has {len(data)} bytes, more than the {limit} allowed", key=key)
     try:
-        return json.loads(data.decode("ascii"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(
+            data.decode("ascii"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError as error:
         raise FormatError(f"{key} is nested too deeply", key=key) from error
     except ValueError as error:
@@ -370,6 +373,18 @@ def metric(value: float) -> Metric:
 def now() -> str:
     """UTC time for people, as ``2026-01-31T12:00:00.000Z``. Nothing is decided by it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _check_format(fields: Any, key: str) -> None:
+    # Before all else: in a record of a newer format anything may be different.
+    number = fields.get("format") if isinstance(fields, dict) else None
+    if type(number) is not int:
+        raise FormatError(f"{key} is malformed: it has no format number", key=key)
+    if number > FORMAT:
+        shown = str(number) if number < 1 << 63 else "far above"
+        raise FormatError(
+            f"{key} has format {shown}, this ckptstore reads up to {FORMAT}: install a newer one", key=key
+        )
 
 
 def _kind(model: type[Record]) -> object:
@@ -401,3 +416,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is larger than any number here")
+    return number
