@@ -13,10 +13,10 @@ from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, Damage, read_holds, scan
 from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_store, writers
 from ckptstore.engine.loader import Loaded, Loader
-from ckptstore.engine.reader import Contents, Progress, read_contents
+from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.saver import Captured, Facts, Saver
 from ckptstore.engine.select import select
-from ckptstore.engine.workers import default_threads
+from ckptstore.engine.workers import Progress, default_threads
 from ckptstore.errors import (
     CheckpointError,
     FormatError,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
-from ckptstore.engine.reader import Contents, Progress, read_contents, read_tensors
+from ckptstore.engine.reader import Contents, read_contents, read_tensors
+from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError
 from ckptstore.storage.base import Storage
 

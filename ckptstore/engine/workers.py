@@ -9,6 +9,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), from any thread, one call at a time."""
+
 
 def default_threads() -> int:
     """One more than the cores, so that the disk has work while every core hashes; 2 to 8."""
@@ -62,6 +65,21 @@ class _Crew(Generic[T]):
             # The first error is the cause; those that follow it are its consequences.
             self.error = self.error or error
             self.stop = True
+
+
+class Meter:
+    """Counts bytes done by several threads and tells whoever wants to know."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """``count`` more bytes are done."""
+        with self._lock:
+            self.done += count
+            if self._progress is not None:
+                self._progress(self.done, max(self._total, self.done))
 
 
 class Turnstile:

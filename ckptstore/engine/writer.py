@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
 from ckptstore.engine.buffers import BufferPool
-from ckptstore.engine.workers import Turnstile, run
+from ckptstore.engine.workers import Meter, Progress, Turnstile, run
 from ckptstore.format import layout
 from ckptstore.format.codecs import Compression, encode
 from ckptstore.format.digest import block_digest
@@ -16,9 +16,6 @@ from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import BlockEntry, FileEntry, TensorTable
 from ckptstore.format.tensorfile import TensorFile, TensorRow, storage_order
 from ckptstore.storage.base import ObjectWriter, Slot, Storage
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), from any thread."""
 
 
 class Spec(Protocol):
@@ -61,7 +58,7 @@ def write_files(
     """
     files = _plan(id, sources, compression)
     total = sum(file.stream.raw_bytes for file in files)
-    meter = _Meter(total, progress)
+    meter = Meter(total, progress)
 
     def work(task: tuple[_File, int]) -> None:
         file, block = task
@@ -92,19 +89,6 @@ def _plan(id: CheckpointId, sources: Sequence[Source], compression: Compression)
         _File(id, layout.file_name(prefix.rstrip("/") or "state", taken, suffix=suffix), prefix, members)
         for prefix, members in by_prefix.items()
     ]
-
-
-class _Meter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            self._progress(self._done, self._total)
 
 
 class _File:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import read_store
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, Progress, check_blocks, open_file, read_contents
+from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
+from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
@@ -98,7 +99,7 @@ def verify(
         StorageError: the storage can't be read; that is no damage.
     """
     begin = time.perf_counter()
-    meter = _Meter(sum(round(c.stored_bytes * sample) for c in chosen), progress)
+    meter = Meter(sum(round(c.stored_bytes * sample) for c in chosen), progress)
     reports = [_checkpoint(storage, c, sample, pool, threads, meter) for c in chosen]
     records: list[Damage] = []
     leftovers: list[Leftover] = []
@@ -108,18 +109,6 @@ def verify(
         records = [*_records(storage, entries), *catalogue.damaged, *read_holds(storage)[1]]
         leftovers, foreign = sort_leftovers(entries, catalogue)
     return VerifyReport(reports, records, leftovers, foreign, sample, meter.done, time.perf_counter() - begin)
-
-
-class _Meter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self._total, self._progress = 0, total, progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.done += count
-            if self._progress is not None:
-                self._progress(self.done, max(self._total, self.done))
 
 
 @dataclass
@@ -136,7 +125,7 @@ class _Findings:
 
 
 def _checkpoint(
-    storage: Storage, checkpoint: Checkpoint, sample: float, pool: BufferPool, threads: int, meter: _Meter
+    storage: Storage, checkpoint: Checkpoint, sample: float, pool: BufferPool, threads: int, meter: Meter
 ) -> CheckpointReport:
     before = meter.done
     found = _Findings(checkpoint)

@@ -1,0 +1,77 @@
+"""Stores written by every released format go on loading, read-only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ckptstore as cs
+from tests.golden.make import HERE, plain_state, trained
+
+STORES = sorted(path for path in HERE.iterdir() if path.is_dir() and path.name.startswith("v"))
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in value and type, down to tensors and arrays."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left.to(torch.complex128), right.to(torch.complex128))
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right)
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@pytest.fixture(params=STORES, ids=lambda path: path.name)
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy, as a person makes one."""
+    return Path(shutil.copytree(request.param, tmp_path / "copy"))
+
+
+def test_there_is_one_for_this_format() -> None:
+    """The current format has its golden store."""
+    assert [path.name for path in STORES] == ["v1"]
+
+
+def test_verifies(golden: Path) -> None:
+    """Every byte is good, and nothing lies there that isn't known."""
+    report = cs.open(golden, read_only=True).verify()
+    assert report.ok
+    assert (len(report.checkpoints), report.leftovers, report.foreign) == (3, [], [])
+
+
+def test_loads_as_it_was(golden: Path) -> None:
+    """Plain values, tensors, modules and optimizers come back exactly."""
+    store = cs.open(golden, read_only=True)
+    assert [(c.step, c.epoch, dict(c.metrics)) for c in store.checkpoints()] == [
+        (0, 0, {"val_loss": 3.0}),
+        (2, 1, {"val_loss": 1.0}),
+        (3, None, {}),
+    ]
+    assert store.resolve("best:val_loss") == store.resolve("release") == store.resolve("step:2")
+    for step in (0, 2):
+        assert same(store.load(f"step:{step}", only=["plain/*"])["plain"], plain_state(step))
+        model, optimizer = trained(0)
+        store.load(f"step:{step}", into={"model": model, "optimizer": optimizer}, only=["model/*", "optimizer/*"])
+        expected, reference = trained(step)
+        assert same(model.state_dict(), expected.state_dict())
+        assert same(optimizer.state_dict(), reference.state_dict())
+    assert store.load("step:3")["zeros"].tolist() == [0.0] * 5000
+
+
+def test_goes_on(golden: Path) -> None:
+    """A new save stands after the old ones, and a deleted one comes back."""
+    store = cs.open(golden)
+    store.undelete("step:9")
+    store.save({"x": 1}, step=1)
+    assert [c.step for c in store.checkpoints()] == [0, 2, 9, 3, 1]
+    assert store.verify().ok
