@@ -11,6 +11,7 @@ from ckptstore.cli import texts
 from ckptstore.cli.outcome import CommandError
 from ckptstore.cli.terminal import answer, emit, json_option, note, round_progress, table
 from ckptstore.cli.units import size_bytes
+from ckptstore.errors import NotFoundError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,12 +54,14 @@ def bench(url: str, size: int, rounds: int, as_json: bool) -> None:
     from ckptstore.tools.throughput import RIVALS, local_folder, measure
 
     rivals: Sequence[str] = (*RIVALS, "raw")
-    if local_folder(url) is None:
-        rivals = ("ckptstore",)
-        note(f"{url} is no folder: only ckptstore is measured")
     try:
+        if local_folder(url) is None:
+            rivals = ("ckptstore",)
+            note(f"{url} is no folder: only ckptstore is measured")
         with round_progress() as progress:
             results = measure(url, size, rounds, rivals, progress)
+    except NotFoundError as error:
+        raise CommandError(str(error), code="no_folder") from error
     except ImportError as error:
         message = f"bench needs PyTorch, and it can't be imported ({error}): pip install torch"
         raise CommandError(message, code="no_torch") from error

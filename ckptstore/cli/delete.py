@@ -42,8 +42,12 @@ def delete(url: str, selector: str, yes: bool, as_json: bool) -> None:
         answer(f"deleted {texts.one_line(checkpoint)}", f"back with: ckptstore undelete {url} {checkpoint.id}")
 
 
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def _ask(what: str) -> None:
-    if not sys.stdin.isatty():
+    if not _at_terminal():
         raise click.UsageError(f"this would delete {what}. There is no terminal to ask at: add --yes to delete it.")
     if not click.confirm(f"Delete {what}?", err=True):
         raise CommandError("nothing was deleted", code="declined", exit_code=BAD_NEWS)

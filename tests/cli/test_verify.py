@@ -1,0 +1,102 @@
+"""``ckptstore verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cli.conftest import Run, data_file, flip
+
+UNFINISHED = "0001-000009-step90-0123456789abcdef"
+
+
+def test_a_good_store(run: Run, url: str, ids: list[str]) -> None:
+    answer = run("verify", url)
+
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    assert len(answer.stdout.splitlines()) == 1
+    assert answer.stdout.startswith("good: 3 checkpoints, ")
+    assert "B/s" in answer.stdout
+
+
+def test_json_shape(run: Run, url: str, ids: list[str]) -> None:
+    report = run("verify", url, "--json").json
+
+    assert set(report) == {
+        *("url", "ok", "checkpoints", "records", "leftovers", "foreign", "sample", "read_bytes", "seconds")
+    }
+    assert report["ok"] is True
+    assert [c["id"] for c in report["checkpoints"]] == ids
+    assert all(c["ok"] and c["damages"] == [] for c in report["checkpoints"])
+    assert report["read_bytes"] == sum(c["read_bytes"] for c in report["checkpoints"]) > 0
+
+
+def test_damage_names_block_file_and_tensors(run: Run, url: str, ids: list[str]) -> None:
+    """A person learns what is lost; a script gets the same as fields."""
+    path = data_file(url, ids[1])
+    flip(path, path.stat().st_size - 1)
+
+    answer = run("verify", url)
+    assert answer.exit_code == 1
+    assert f"DAMAGED checkpoints/{ids[1]}/model.safetensors: block 0" in answer.stdout
+    assert "model/head.weight" in answer.stdout
+    assert answer.stdout.splitlines()[-1].startswith("DAMAGED: 3 checkpoints, 1 damaged, ")
+
+    report = run("verify", url, "--json")
+    assert report.exit_code == 1
+    (damage,) = report.json["checkpoints"][1]["damages"]
+    assert (damage["id"], damage["block"]) == (ids[1], 0)
+    assert "model/head.weight" in damage["tensors"]
+    assert report.json["ok"] is False
+
+
+def test_one_checkpoint_only(run: Run, url: str, ids: list[str]) -> None:
+    """Damage elsewhere doesn't matter for the one that was asked for."""
+    flip(data_file(url, ids[0]), 5000)
+
+    assert run("verify", url, "latest").exit_code == 0
+    assert run("verify", url, "step:10").exit_code == 1
+    assert run("verify", url, "step:77").exit_code == 1
+
+
+def test_damaged_records_are_damage(run: Run, url: str, ids: list[str]) -> None:
+    flip(Path(url) / "commits" / f"{ids[2]}.json", 40)
+
+    answer = run("verify", url, "--json")
+    assert answer.exit_code == 1
+    assert [damage["key"] for damage in answer.json["records"]] == [f"commits/{ids[2]}.json"]
+    assert "1 damaged record" in run("verify", url).stdout
+
+
+def test_leftovers_and_foreign_objects_are_no_damage(run: Run, url: str) -> None:
+    """What a killed save left is named with the command that collects it."""
+    left = Path(url) / "checkpoints" / UNFINISHED / "model.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    (Path(url) / "notes.txt").write_text("mine")
+
+    answer = run("verify", url)
+    assert answer.exit_code == 0
+    assert f"left by a killed save: {UNFINISHED} (1 object, 4 B)" in answer.stdout
+    assert f"ckptstore prune {url}" in answer.stdout
+    assert "notes.txt" in answer.stdout
+    report = run("verify", url, "--json").json
+    assert [(it["id"], it["stored_bytes"]) for it in report["leftovers"]] == [(UNFINISHED, 4)]
+    assert report["foreign"] == ["notes.txt"]
+
+
+def test_sample(run: Run, url: str) -> None:
+    for text in ("10%", "0.1"):
+        answer = run("verify", url, "--sample", text, "--json")
+        assert (answer.exit_code, answer.json["sample"]) == (0, 0.1)
+    assert "a sample of 0.1" in run("verify", url, "--sample", "10%").stdout
+    for text in ("0", "0%", "101%", "1.5", "-1", "x", "nan"):
+        assert run("verify", url, f"--sample={text}").exit_code == 2
+
+
+def test_verifying_changes_nothing(run: Run, url: str) -> None:
+    def listing() -> dict[str, float]:
+        return {str(path): path.stat().st_mtime_ns for path in Path(url).rglob("*")}
+
+    before = listing()
+    run("verify", url)
+    assert listing() == before
