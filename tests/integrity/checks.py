@@ -10,7 +10,7 @@ from ckptstore.engine.catalogue import Damage
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.maintenance.verify import VerifyReport
 from ckptstore.store import DamageWarning, FallbackWarning, Store
-from integrity.stores import GOOD, Pair, flat, opened, read, silence
+from tests.integrity.stores import GOOD, Pair, flat, opened, read, silence
 
 REFUSALS = (IntegrityError, FormatError)
 

@@ -227,7 +227,8 @@ class Forge:
     def write(self, *, part: bytes | None = None, manifest: bytes | None = None, commit: bytes | None = None) -> None:
         """Write the records, or these bytes in their place."""
         part = compact(self.part) if part is None else part
-        self.manifest["parts"][0].update(size=len(part), sha256=hashlib.sha256(part).hexdigest())
+        if manifest is None and self.manifest["parts"]:
+            self.manifest["parts"][0].update(size=len(part), sha256=hashlib.sha256(part).hexdigest())
         manifest = compact(self.manifest) if manifest is None else manifest
         self.commit["manifest"] = {"size": len(manifest), "sha256": hashlib.sha256(manifest).hexdigest()}
         self.raw.put(f"{self.folder}/part-00000.json", part)

@@ -13,8 +13,8 @@ import pytest
 from ckptstore.errors import IntegrityError, NoCheckpointError, NotFoundError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.store import DamageWarning
-from integrity.checks import detected, error_of, falls_back, gone, intact, refuses, reports, verified
-from integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
+from tests.integrity.checks import detected, error_of, falls_back, gone, intact, refuses, reports, verified
+from tests.integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
 
 SMALL = ["commit", "manifest.json", "part-00000.json"]
 DATA = ["model.safetensors", "optimizer.safetensors"]

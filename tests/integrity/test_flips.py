@@ -19,8 +19,8 @@ from ckptstore.errors import CheckpointError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.storage.memory import StoredObject
 from ckptstore.store import DamageWarning, Store
-from integrity.checks import detected, falls_back, intact, refuses, reports, verified
-from integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
+from tests.integrity.checks import detected, falls_back, intact, refuses, reports, verified
+from tests.integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
 
 EVERY = 4
 """Each so-many-th bit gets the whole examination in the sampled run, the others the one that is quick."""
