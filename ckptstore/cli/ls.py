@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ckptstore.format.layout import CheckpointId
 
 
+_ALWAYS = ("id", "step", "created", "size")
+_COLUMNS = ("id", "step", "epoch", "created", "size", "marks", "metrics", "reasons")
+
+
 class _Row(NamedTuple):
     """A line of the list: a checkpoint, or the damage where its record should be."""
 
@@ -55,7 +59,8 @@ def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, as_json: b
     if as_json:
         emit(_document(store.url, rows, short, holds))
     else:
-        answer(_table(rows, short, holds))
+        # Lines like those of a log: a narrow terminal breaks them, and no id is ever cut.
+        answer(_table(rows, short, holds), fit=False)
     if catalogue.damaged:
         damaged = texts.count_text(len(catalogue.damaged), "commit record")
         note(f"{damaged} damaged; 'ckptstore verify {url}' says what is wrong")
@@ -83,27 +88,26 @@ def _document(url: str, rows: list[_Row], short: Mapping[str, str], holds: Mappi
 def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str]) -> Table:
     from rich.text import Text
 
-    numbers = ("step", "epoch", "size")
-    made = table("id", "step", "epoch", "created", "size", "metrics", "marks", "reasons", right=numbers)
-    for row in rows:
+    lines = [_cells(row, short[str(row.order)], holds) for row in rows]
+    # What no checkpoint here has takes no room.
+    used = [name for name in _COLUMNS if name in _ALWAYS or any(line.get(name) for line in lines)]
+    made = table(*used, right=("step", "epoch", "size"))
+    for row, line in zip(rows, lines, strict=True):
         style = {"good": "", "deleted": "dim", "damaged": "red"}[row.status]
-        made.add_row(*(Text(plain(cell)) for cell in _cells(row, short[str(row.order)], holds)), style=style)
+        made.add_row(*(Text(plain(line.get(name, ""))) for name in used), style=style)
     return made
 
 
-def _cells(row: _Row, short: str, holds: Mapping[str, str]) -> list[str]:
+def _cells(row: _Row, short: str, holds: Mapping[str, str]) -> dict[str, str]:
     marks = [] if row.status == "good" else [row.status]
     marks += [f"held: {name}" for name in texts.holds_of(str(row.order), holds)]
-    c = row.checkpoint
-    if c is None:
-        return [short, str(row.order.step), "", "", "", "", ", ".join(marks), ""]
-    return [
-        short,
-        str(c.step),
-        "" if c.epoch is None else str(c.epoch),
-        texts.time_text(c.created),
-        texts.size_text(c.stored_bytes),
-        texts.metrics_text(c.metrics),
-        ", ".join(marks),
-        ", ".join(c.reasons),
-    ]
+    known = {"id": short, "step": str(row.order.step), "marks": ", ".join(marks)}
+    if row.checkpoint is None:
+        return known
+    return known | {
+        "epoch": "" if row.checkpoint.epoch is None else str(row.checkpoint.epoch),
+        "created": texts.time_text(row.checkpoint.created),
+        "size": texts.size_text(row.checkpoint.stored_bytes),
+        "metrics": texts.metrics_text(row.checkpoint.metrics),
+        "reasons": ", ".join(row.checkpoint.reasons),
+    }

@@ -36,11 +36,11 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
-def answer(*parts: RenderableType) -> None:
-    """The person's answer on stdout; colours and line breaks only where a terminal shows it."""
+def answer(*parts: RenderableType, fit: bool = True) -> None:
+    """The person's answer on stdout, with ``fit`` made as wide as the terminal where one shows it."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+    console = Console(width=None if fit and sys.stdout.isatty() else _UNBOUNDED, highlight=False)
     for part in parts:
         # By way of click: rich ends the process itself when the reader of a pipe has gone.
         with console.capture() as captured:
@@ -54,7 +54,7 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != "reasons")
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return made
 
 

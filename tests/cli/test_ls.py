@@ -19,7 +19,7 @@ def test_newest_last_with_all_columns(run: Run, url: str, ids: list[str]) -> Non
 
     assert answer.exit_code == 0
     assert answer.stderr == ""
-    heads = ["id", "step", "epoch", "created", "size", "metrics", "marks", "reasons"]
+    heads = ["id", "step", "epoch", "created", "size", "metrics", "reasons"]
     assert answer.stdout.splitlines()[0].split() == heads
     assert [row[:3] for row in rows(answer.stdout)] == [
         [id[:11], str(step), str(step // 10)] for id, step in zip(ids, (10, 20, 30), strict=True)
@@ -42,6 +42,13 @@ def test_json_has_full_ids_and_iso_times(run: Run, url: str, ids: list[str]) -> 
     assert datetime.fromisoformat(first["created"]).utcoffset() is not None
     assert first["stored_bytes"] > 64 * 64 * 4
     assert answer.json["deleted"] == answer.json["damaged"] == []
+
+
+def test_columns_that_are_empty_are_left_out(run: Run, store_path: Path) -> None:
+    with ckptstore.open(store_path) as store:
+        store.save({"x": 1}, step=1)
+
+    assert run("ls", str(store_path)).stdout.splitlines()[0].split() == ["id", "step", "created", "size"]
 
 
 def test_last_shows_the_newest(run: Run, url: str, ids: list[str]) -> None:

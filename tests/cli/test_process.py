@@ -118,6 +118,24 @@ def test_progress_goes_to_a_terminal_only(url: str) -> None:
     assert "verifying" not in process("verify", url).stderr
 
 
+def test_a_narrow_terminal_cuts_no_id(url: str, ids: list[str]) -> None:
+    """Lines break rather than lose what selects a checkpoint."""
+    leader, follower = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptstore.cli", "ls", url],
+        stdout=follower,
+        env=environment(TERM="xterm", COLUMNS="30"),
+        timeout=60,
+        check=True,
+    )
+    seen = os.read(leader, 65536).decode()
+    os.close(follower)
+    os.close(leader)
+    assert done.returncode == 0
+    assert all(id[:11] in seen for id in ids)
+    assert "every 10 steps" in seen
+
+
 def test_delete_asks_at_a_real_terminal(url: str, ids: list[str]) -> None:
     code, seen, stdout = in_terminal(["delete", url, "latest", "--json"], said=b"n\n")
     assert code == 1
