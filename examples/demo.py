@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import signal
@@ -328,11 +327,11 @@ class Lines:
 @contextmanager
 def step_bar(demo: Demo) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A progress bar on a terminal, which takes the log's records; nothing elsewhere."""
-    loss = TextColumn("loss {task.fields[loss]:.3f}")
+    loss = TextColumn("{task.description}")
     columns = (TextColumn("   step"), BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn())
     with Progress(*columns, console=demo.console, transient=True, disable=not demo.console.is_terminal) as bar:
-        task = bar.add_task("", total=demo.steps, loss=math.nan)
-        yield lambda record: bar.update(task, completed=record["step"], loss=record["loss"])
+        task = bar.add_task("starting", total=demo.steps)
+        yield lambda record: bar.update(task, completed=record["step"], description=f"loss {record['loss']:.3f}")
 
 
 def read_losses(demo: Demo, name: str) -> dict[int, str]:
