@@ -91,6 +91,9 @@ class Pairing:
 
     def _planner(self, target: object, kind: str) -> tuple[tuple[str, ...], Callable[[Any, Any, str], None]] | None:
         """The kinds of nodes that a live object takes, and what plans to restore it."""
+        registration = registered_class(type(target))
+        if registration is not None and registration.to_state is not None:
+            return None
         if isinstance(target, torch.Tensor):
             return ("tensor",), self.tensor
         if isinstance(target, np.ndarray):

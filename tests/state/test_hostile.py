@@ -80,7 +80,7 @@ def mutate(node: Any, rng: random.Random) -> Any:
         other_holder, other_key = rng.choice(places)
         holder[key] = json.loads(json.dumps(other_holder[other_key]))
     else:
-        holder[key] = rng.choice(JUNK)
+        holder[key] = json.loads(json.dumps(rng.choice(JUNK)))
     return node
 
 

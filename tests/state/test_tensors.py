@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from ckptstore.errors import StateError
-from ckptstore.state import capture, restore_into
+from ckptstore.state import capture, register_type, restore_into, restore_plain
 from ckptstore.state.dtypes import CODE_BYTES, TORCH_STORED
+from ckptstore.state.registry import forget_type
 from tests.state.memory import bits, load, load_into, same, save
 
 
@@ -288,6 +290,45 @@ def _freed() -> torch.Tensor:
     value = torch.zeros(4)
     value.untyped_storage().resize_(0)
     return value
+
+
+def test_many_threads_read_one_tensor_that_must_be_copied_first() -> None:
+    """Each gets its part, and all write into the same memory."""
+    value = torch.arange(80_000).reshape(200, 400).t()
+    snapshot = capture({"x": value})
+    source = snapshot.sources[0]
+    destination = restore_plain(snapshot.tree, [source.spec]).wanted["x"]
+    size = source.nbytes // 16
+
+    def move(index: int) -> None:
+        source.read_into(index * size, destination.host()[index * size : (index + 1) * size])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(move, range(16)))
+    source.release()
+    assert torch.equal(destination.tensor(), value)
+
+
+def test_default_device_of_the_caller_is_no_matter() -> None:
+    """Loaded tensors are on the CPU."""
+    state = {"x": torch.ones(2), "n": np.array(["a"]), "g": torch.Generator()}
+    saved = save(state)
+    with torch.device("meta"):
+        back = load(saved)
+        load_into(saved, state)
+    assert back["x"].device.type == "cpu"
+    assert same(back["n"], state["n"])
+
+
+def test_registered_tensor_subclass_is_an_object(request: pytest.FixtureRequest) -> None:
+    """What is refused by itself can be made storable."""
+    register_type(Wrapper, to_state=lambda v: v.as_subclass(torch.Tensor), from_state=lambda v: v.as_subclass(Wrapper))
+    request.addfinalizer(lambda: forget_type(Wrapper))
+    saved = save({"w": torch.ones(2).as_subclass(Wrapper)})
+    target = {"w": torch.zeros(2).as_subclass(Wrapper)}
+    load_into(saved, target)
+    assert type(target["w"]) is type(load(saved)["w"]) is Wrapper
+    assert target["w"].tolist() == [1, 1]
 
 
 def test_many_small_tensors() -> None:
