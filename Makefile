@@ -32,7 +32,7 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --readme
 
 schema: $(VENV)/ready
 	$(BIN)/python -m ckptstore.format.schema

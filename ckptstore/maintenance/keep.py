@@ -90,7 +90,7 @@ def check_unheld(storage: Storage, checkpoint: Checkpoint) -> None:
     holds, damaged = read_holds(storage)
     for name, id in holds.items():
         if id == checkpoint.id:
-            raise ExistsError(f"{id} is held by {name!r}; release({name!r}) first", id=id, step=checkpoint.step)
+            raise ExistsError(f"{id} is held by {name!r}; release that hold first", id=id, step=checkpoint.step)
     for damage in damaged:
         raise IntegrityError(f"{damage.problem}; it may hold {checkpoint.id}: release it first", key=damage.key)
 

@@ -18,7 +18,7 @@ from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFo
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import SMALL_LIMIT, Record, TombstoneRecord, WriterRecord, unseal
-from ckptstore.storage.base import Entry, Storage
+from ckptstore.storage.base import Entry, Storage, is_key
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,10 @@ def sort_leftovers(entries: Iterable[Entry], catalogue: Catalogue) -> tuple[list
     foreign = []
     for entry in entries:
         id = layout.folder_id(entry.key)
-        if entry.key.rstrip("/").rpartition("/")[2].startswith(layout.TEMPORARY):
+        if not is_key(entry.key.removesuffix("/")):
+            # A file server's .nfs0001, a desktop's .DS_Store: no storage could be asked to delete it.
+            foreign.append(entry.key)
+        elif entry.key.rstrip("/").rpartition("/")[2].startswith(layout.TEMPORARY):
             unfinished.setdefault(None if id in known else id, []).append(entry)
         elif id is not None and id not in known:
             unfinished.setdefault(id, []).append(entry)

@@ -96,10 +96,27 @@ def measure(
         IntegrityError: a subject loaded something else than it saved.
         ImportError: there is no torch.
     """
+    if size_bytes < _MINIMUM_BYTES:
+        raise StateError(f"size_bytes={size_bytes} must be at least {_MINIMUM_BYTES}")
     _check(url, size_bytes, rounds, rivals)
-    state = gpt_state(size_bytes)
-    target = copied(state)
+    return measure_state(url, gpt_state(size_bytes), rounds, rivals, progress)
+
+
+def measure_state(
+    url: str,
+    state: dict[str, torch.Tensor],
+    rounds: int,
+    rivals: Sequence[str] = RIVALS,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """``measure`` with a state of the caller's own: contiguous CPU tensors by name.
+
+    Raises:
+        As ``measure``.
+    """
     actual_bytes = sum(tensor.nbytes for tensor in state.values())
+    _check(url, actual_bytes, rounds, rivals)
+    target = copied(state)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     with scratch(url) as place:
         small = gpt_state(_MINIMUM_BYTES)
@@ -120,8 +137,8 @@ def _check(url: str, size_bytes: int, rounds: int, rivals: Sequence[str]) -> Non
     unknown = [name for name in rivals if name not in SUBJECTS]
     if unknown or not rivals or len(set(rivals)) != len(rivals):
         raise StateError(f"rivals={list(rivals)} must be different names out of {', '.join(SUBJECTS)}")
-    if rounds < 1 or size_bytes < _MINIMUM_BYTES:
-        raise StateError(f"rounds={rounds} must be at least 1 and size_bytes={size_bytes} at least {_MINIMUM_BYTES}")
+    if rounds < 1:
+        raise StateError(f"rounds={rounds} must be at least 1")
     folder = local_folder(url)
     if folder is None:
         if list(rivals) != ["ckptstore"]:

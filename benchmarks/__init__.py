@@ -1,0 +1,1 @@
+"""Figures for the README: ``python -m benchmarks``, or one of them: ``python -m benchmarks gpt2``."""
