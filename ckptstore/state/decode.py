@@ -24,7 +24,7 @@ from ckptstore.state.dtypes import numpy_dtype, numpy_stored, torch_dtype
 from ckptstore.state.encode import FACTORIES, MAX_DEPTH, is_key_node, join, key_text
 from ckptstore.state.registry import Registration, is_namedtuple, registered_name
 from ckptstore.state.select import ABSENT
-from ckptstore.state.tensors import Destination, TensorSpec, stored_bytes, tensor_shape
+from ckptstore.state.tensors import Destination, TensorSpec, tensor_shape
 from ckptstore.state.values import TAG, VALUE_DECODERS
 
 Maker = Callable[[], Any]
@@ -76,7 +76,6 @@ class Decoder:
             raise FormatError(f"{path!r} is no tensor")
         spec = self.spec(node.get("name"), path)
         dtype = torch_dtype(spec.dtype, spec.logical)
-        stored_bytes(spec)
         return spec, dtype, tensor_shape(spec, dtype)
 
     def array_spec(self, node: dict[str, Any], path: str) -> tuple[TensorSpec, np.dtype[Any], tuple[int, ...]]:
@@ -85,7 +84,6 @@ class Decoder:
         dtype = numpy_dtype(node.get("dtype"))
         row = numpy_stored(dtype)
         assert row is not None
-        stored_bytes(spec)
         cut = len(spec.shape) - len(row.tail)
         if (row.code, row.logical) != (spec.dtype, spec.logical) or cut < 0 or spec.shape[cut:] != row.tail:
             raise FormatError(f"the array at {path!r} isn't stored as its element type {dtype.str} is")

@@ -179,7 +179,9 @@ def stored_bytes(spec: TensorSpec) -> int:
     size = CODE_BYTES.get(spec.dtype)
     if size is None:
         raise FormatError(f"element type {spec.dtype!r} of {spec.name!r} is unknown")
-    shape = spec.shape
-    if len(shape) > MAX_DIMENSIONS or any(type(length) is not int or not 0 <= length < 2**63 for length in shape):
-        raise FormatError(f"{list(shape)!r} is no shape of a tensor ({spec.name!r})")
-    return size * math.prod(shape)
+    fits = len(spec.shape) <= MAX_DIMENSIONS
+    for length in spec.shape:
+        fits = fits and type(length) is int and 0 <= length < 2**63
+    if not fits:
+        raise FormatError(f"{list(spec.shape)!r} is no shape of a tensor ({spec.name!r})")
+    return size * math.prod(spec.shape)
