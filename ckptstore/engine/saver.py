@@ -40,7 +40,7 @@ from ckptstore.format.records import (
     validate,
 )
 from ckptstore.format.tensorfile import BLOCK_BYTES
-from ckptstore.storage.base import Storage
+from ckptstore.storage.base import Storage, is_key
 
 
 class Captured(Protocol):
@@ -212,8 +212,9 @@ class Saver:
 
 
 def discard(storage: Storage, id: CheckpointId) -> None:
-    """Remove every object in the folder of ``id``, one by one, by name."""
-    storage.delete([entry.key for entry in storage.list(layout.folder(id))])
+    """Remove every object in the folder of ``id``, one by one, by name. What has no key's name stays."""
+    keys = [entry.key for entry in storage.list(layout.folder(id))]
+    storage.delete([key for key in keys if is_key(key.removesuffix("/"))])
     storage.delete([layout.folder(id)])
 
 
