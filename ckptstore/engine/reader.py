@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
@@ -186,28 +186,33 @@ def read_tensors(
         IntegrityError: a block is damaged, also when read a second time; sinks may be partly filled.
         StorageError: the backend failed.
     """
-    plan = [(file, blocks) for file in contents.files if (blocks := _wanted_blocks(file, wanted))]
-    meter = Meter(sum(file.entry.blocks[number].length for file, blocks in plan for number, _ in blocks), progress)
-
-    def deliver(task: BlockTask, raw: memoryview) -> None:
-        for row, begin, length, offset in task.pieces:
-            target = wanted[task.file.name(row)].host()
-            copy_bytes(target[begin : begin + length], raw[offset : offset + length])
-        meter.add(task.file.entry.blocks[task.number].length)
-
-    for file, blocks in plan:
+    plan = []
+    for file in contents.files:
+        sinks = [wanted.get(file.name(row)) for row in range(len(file.stream.rows))]
+        if blocks := _wanted_blocks(file, sinks):
+            plan.append((file, sinks, blocks))
+    total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
+    meter = Meter(total, progress)
+    for file, sinks, blocks in plan:
         with closing(open_file(storage, file, contents.commit.id)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
-            check_blocks(contents, tasks, deliver, pool=pool, threads=threads)
+            check_blocks(contents, tasks, partial(_deliver, sinks, meter), pool=pool, threads=threads)
 
 
-def _wanted_blocks(file: DataFile, wanted: Mapping[str, Sink]) -> list[tuple[int, list[Piece]]]:
-    chosen = {row for row in range(len(file.stream.rows)) if file.name(row) in wanted}
-    if not chosen:
+def _wanted_blocks(file: DataFile, sinks: Sequence[Sink | None]) -> list[tuple[int, list[Piece]]]:
+    if all(sink is None for sink in sinks):
         return []
     numbered = ((number, file.stream.pieces(number)) for number in range(len(file.entry.blocks)))
-    found = [(number, [piece for piece in pieces if piece.row in chosen]) for number, pieces in numbered]
+    found = [(number, [piece for piece in pieces if sinks[piece.row] is not None]) for number, pieces in numbered]
     return [(number, pieces) for number, pieces in found if pieces]
+
+
+def _deliver(sinks: Sequence[Sink | None], meter: Meter, task: BlockTask, raw: memoryview) -> None:
+    for row, begin, length, offset in task.pieces:
+        sink = sinks[row]
+        assert sink is not None
+        copy_bytes(sink.host()[begin : begin + length], raw[offset : offset + length])
+    meter.add(task.file.entry.blocks[task.number].length)
 
 
 def check_blocks(

@@ -119,7 +119,8 @@ class Encoder:
         if name is None:
             name = self._name(path)
             spec = TensorSpec(name, row.code, shape + row.tail, row.logical)
-            self.sources.append(TensorSource(spec, count * value.element_size(), value))
+            own = pointer if shares and value.is_cpu and value.is_contiguous() else 0
+            self.sources.append(TensorSource(spec, count * value.element_size(), value, address=own))
             if shares:
                 self._shared[key] = name
         return {TAG: "tensor", "name": name}

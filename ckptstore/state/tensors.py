@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from dataclasses import dataclass
@@ -23,6 +24,26 @@ CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: 
 
 # One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
 _LOCK = threading.Lock()
+
+
+# memmove with the interpreter lock held: letting go of it costs more than copying a small tensor.
+_memmove_locked = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+_SMALL_BYTES = 1 << 16
+
+
+def copy_memory(target: int, source: int, count: int) -> None:
+    """Copy ``count`` bytes between addresses; a view of a small tensor would take ten times as long to make."""
+    if count < _SMALL_BYTES:
+        _memmove_locked(target, source, count)
+    else:
+        ctypes.memmove(target, source, count)
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where a writable, not empty buffer begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +69,21 @@ class TensorSource:
         live: the torch tensor itself, or None where the source is an array or bytes.
     """
 
-    __slots__ = ("_array", "_image", "live", "nbytes", "spec")
+    __slots__ = ("_address", "_array", "_image", "_storage", "live", "nbytes", "spec")
 
     def __init__(
-        self, spec: TensorSpec, nbytes: int, live: torch.Tensor | None, array: np.ndarray | None = None
+        self,
+        spec: TensorSpec,
+        nbytes: int,
+        live: torch.Tensor | None,
+        array: np.ndarray | None = None,
+        *,
+        address: int = 0,
     ) -> None:
+        """``address`` is where the image lies, for a tensor whose own memory it is; 0 for all others."""
+        self._address = address
+        # Held itself, because a tensor may be given other memory while its old one is still read.
+        self._storage = live.untyped_storage() if live is not None and address else None
         self.spec = spec
         self.nbytes = nbytes
         self.live = live
@@ -64,14 +95,17 @@ class TensorSource:
 
         The first call makes a host copy of a tensor on a device or not contiguous; others are read in place.
         """
+        if not 0 <= offset <= offset + out.nbytes <= self.nbytes:
+            raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         if not out.nbytes:
+            return
+        if self._address:
+            copy_memory(address_of(out), self._address + offset, out.nbytes)
             return
         image = self._image
         if image is None:
             image = self._make_image()
         part = image[offset : offset + out.nbytes]
-        if offset < 0 or part.nbytes != out.nbytes:
-            raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         # NumPy lets go of the interpreter lock while it copies; a slice assignment of memoryviews doesn't.
         np.copyto(np.frombuffer(out, np.uint8), part)
 
@@ -120,8 +154,7 @@ class Destination:
         if isinstance(self._live, np.ndarray):
             return self._live.reshape(-1).view(np.uint8).data
         tensor = self._allocated() if self._live is None else self._live
-        image: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        return image.data
+        return memoryview((ctypes.c_ubyte * self.nbytes).from_address(tensor.data_ptr())).cast("B")
 
     def tensor(self) -> torch.Tensor:
         """A tensor of its own with the bytes read: always the same object, never the target's memory."""
