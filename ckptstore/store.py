@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, overload
 
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, Damage, read_holds, scan
+from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_store, writers
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.reader import Contents, read_contents
@@ -125,7 +126,9 @@ class Store:
         self._check_writable()
         from ckptstore.state.capture import capture
 
-        return self._save_captured(capture(state), facts, progress)
+        with collector_paused():
+            captured = capture(state)
+        return self._save_captured(captured, facts, progress)
 
     def _save_captured(self, captured: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
         with self._saving:

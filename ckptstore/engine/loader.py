@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.reader import Contents, read_contents, read_tensors
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError
@@ -52,8 +53,10 @@ class Loader:
         """The state as plain data."""
         from ckptstore.state.restore import restore_plain
 
-        contents = read_contents(self.storage, checkpoint.record)
-        return self._fill(contents, restore_plain(_tree(contents), _specs(contents), only=only))
+        with collector_paused():
+            contents = read_contents(self.storage, checkpoint.record)
+            restoration = restore_plain(_tree(contents), _specs(contents), only=only)
+        return self._fill(contents, restoration)
 
     def into(
         self,
@@ -66,8 +69,9 @@ class Loader:
         """Restore ``target`` in place. Its fit is checked before anything in it changes."""
         from ckptstore.state.restore import restore_into
 
-        contents = read_contents(self.storage, checkpoint.record)
-        restoration = restore_into(_tree(contents), _specs(contents), target, only=only, strict=strict)
+        with collector_paused():
+            contents = read_contents(self.storage, checkpoint.record)
+            restoration = restore_into(_tree(contents), _specs(contents), target, only=only, strict=strict)
         self._fill(contents, restoration)
         found = restoration.report
         return Loaded(checkpoint, skipped, found.missing, found.unexpected, found.mismatched, found.cast)
@@ -81,7 +85,8 @@ class Loader:
             threads=self.threads,
             progress=self.progress,
         )
-        return restoration.finish()
+        with collector_paused():
+            return restoration.finish()
 
 
 def _tree(contents: Contents) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptstore.engine.buffers import BufferPool
+from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import commit
 from ckptstore.engine.select import default_mode
 from ckptstore.engine.workers import Progress
@@ -154,7 +155,8 @@ class Saver:
             threads=self.threads,
             progress=progress,
         )
-        part = to_json(PartRecord(id=str(id), rank=0, files=files, tree=state.tree))
+        with collector_paused():
+            part = to_json(PartRecord(id=str(id), rank=0, files=files, tree=state.tree))
         self.storage.create(layout.part_key(id, 0), part)
         manifest = to_json(
             ManifestRecord(

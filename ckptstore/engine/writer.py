@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from ckptstore.engine.buffers import BufferPool
+from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.workers import Meter, Progress, Turnstile, run
 from ckptstore.format import layout
 from ckptstore.format.codecs import Compression, encode
@@ -56,7 +57,8 @@ def write_files(
     Raises:
         StorageError: nothing written here may be used; whoever called removes it.
     """
-    files = _plan(id, sources, compression)
+    with collector_paused():
+        files = _plan(id, sources, compression)
     total = sum(file.stream.raw_bytes for file in files)
     meter = Meter(total, progress)
 
@@ -75,7 +77,8 @@ def write_files(
         for file in files:
             file.abort()
         raise
-    return [file.entry() for file in files]
+    with collector_paused():
+        return [file.entry() for file in files]
 
 
 def _plan(id: CheckpointId, sources: Sequence[Source], compression: Compression) -> list[_File]:
