@@ -150,7 +150,7 @@ class ManifestRecord(Record):
 
     @model_validator(mode="after")
     def _every_rank_once(self) -> Self:
-        if [part.rank for part in self.parts] != list(range(self.world_size)):
+        if self.world_size != len(self.parts) or any(part.rank != rank for rank, part in enumerate(self.parts)):
             raise ValueError("the parts are not those of ranks 0 to world_size - 1")
         return self
 
