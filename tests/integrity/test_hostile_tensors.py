@@ -224,7 +224,7 @@ from ckptstore.engine.reader import read_contents
 store = ckptstore.open(sys.argv[1], threads=1, read_only=True)
 checkpoint = store.resolve("latest")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 report = store.verify(checkpoint.id)
 assert not report.ok
 print(report.damages[0].problem[:200])
@@ -261,6 +261,12 @@ class TestMemory:
         forge.part["files"][0]["tensors"]["shapes"] = [[4], [2**30, 2**29]]
         forge.write()
         assert "don't cover" in verify_in_little_memory(copied())
+
+    def test_ranks(self, p: Pair, forge: Forge, copied: Callable[[], Path]) -> None:
+        """The numbers of 2^32 - 1 ranks would take 128 GiB."""
+        forge.commit["world_size"] = forge.manifest["world_size"] = 2**32 - 1
+        forge.write()
+        assert "ranks" in verify_in_little_memory(copied())
 
     @pytest.mark.parametrize("name", ["declares 7e18", "a bomb", "declares as much and holds nothing"])
     def test_frames(self, p: Pair, forge: Forge, copied: Callable[[], Path], name: str) -> None:
