@@ -258,8 +258,10 @@ class LocalStorage:
         if self._prepared:
             return
         missing: list[str] = []
-        while not os.path.isdir(at := os.path.dirname(missing[-1]) if missing else self._path):
+        at = self._path
+        while not os.path.isdir(at) and at != os.path.dirname(at):
             missing.append(at)
+            at = os.path.dirname(at)
         for path in reversed(missing):
             with open_at(None, os.path.dirname(path), _ROOT) as parent:
                 posix.make_folder(parent, os.path.basename(path))
@@ -361,8 +363,8 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _nearest_existing(path: str) -> str:
-    # lexists: below a symlink that leads nowhere no folder can be made.
-    while not os.path.lexists(path):
+    # lexists: below a symlink that leads nowhere no folder can be made. On a dead disk not even "/" seems to exist.
+    while not os.path.lexists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
 

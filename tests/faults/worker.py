@@ -31,6 +31,9 @@ BLOCK_BYTES = 16 << 20
 BEGIN, END = "/ckptstore-marker-begin", "/ckptstore-marker-end"
 """Names that don't exist; removing them marks in a trace of system calls where the operation begins and ends."""
 
+HANGS_AFTER_S = 30.0
+"""How long a child may take before it is ended."""
+
 _PR_SET_PTRACER, _ANY_PROCESS = 0x59616D61, -1
 
 Tensors = Mapping[str, bytes]
@@ -94,7 +97,9 @@ def _save(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
 
 
 def _delete(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
-    tell({"buried": store.delete(f"step:{order['step']}").id})
+    # It is in the trash already where a first try came that far.
+    if any(checkpoint.step == order["step"] for checkpoint in store.checkpoints()):
+        tell({"buried": store.delete(f"step:{order['step']}").id})
     tell({"pruned": list(store.prune(grace_s=0).reclaimed)})
 
 
@@ -235,9 +240,8 @@ def _child(order: Order, channel: socket.socket) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)
     channel.send(b"ready")
     channel.recv(16)
-    if order["dies_after_s"]:
-        # SIGALRM's default action ends the process as abruptly as SIGKILL does.
-        signal.setitimer(signal.ITIMER_REAL, order["dies_after_s"])
+    # SIGALRM's default action ends the process as abruptly as SIGKILL does. Nothing here may go on for ever.
+    signal.setitimer(signal.ITIMER_REAL, order["dies_after_s"] or HANGS_AFTER_S)
     perform(order, lambda message: channel.send(json.dumps(message).encode()) and None)
     os._exit(0)
 
