@@ -294,7 +294,9 @@ class Store:
                     return loader.plain(checkpoint, only)
                 return loader.into(checkpoint, into, only, strict, skipped)
             except (IntegrityError, FormatError) as error:
-                keep.check_unburied(self._storage, checkpoint)
+                if keep.is_buried(self._storage, checkpoint):
+                    # No damage: it was deleted while it was read, and the selector may mean another one now.
+                    return self.load(selector, into=into, only=only, strict=strict, progress=progress)
                 if selector != "latest":
                     raise
                 skipped[checkpoint.id] = error

@@ -131,9 +131,10 @@ def scan(storage: Storage, store_id: str | None, cache: Cache | None = None) -> 
         StorageError: the listing is incomplete. Never taken for "empty".
     """
     cache = {} if cache is None else cache
-    entries = storage.list(layout.COMMITS)
-    # Tombstones after commits: what is buried between the two listings is then seen as buried.
+    # Tombstones first: where the newest is saved and its predecessor buried between the two listings, the other order
+    # would see neither, and show an older checkpoint as the newest, or the store as empty.
     graves = {layout.record_id(entry.key) for entry in storage.list(layout.TRASH)}
+    entries = storage.list(layout.COMMITS)
     live: list[Checkpoint] = []
     buried: list[Checkpoint] = []
     condemned: set[CheckpointId] = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptstore.engine.catalogue import Checkpoint, read_holds
+from ckptstore.engine.commit import read_fate
 from ckptstore.errors import CheckpointError, ExistsError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.records import HoldRecord, TombstoneRecord, now, seal
@@ -45,7 +46,12 @@ def bring_back(storage: Storage, buried: Sequence[Checkpoint], selector: str) ->
         raise NotFoundError(f"{storage.url} has no deleted checkpoint {selector!r}; in the trash: {known or 'nothing'}")
     if len(matches) > 1:
         raise FormatError(f"{selector!r} names {len(matches)} deleted checkpoints; write the id: {matches[-1].id}")
-    storage.delete([layout.tombstone_key(matches[0].order)])
+    id = matches[0].order
+    storage.delete([layout.tombstone_key(id)])
+    try:
+        read_fate(storage, id)
+    except NotFoundError as error:
+        raise NotFoundError(f"{id} was reclaimed meanwhile and can't be brought back", id=str(id)) from error
     return matches[0]
 
 
@@ -96,7 +102,12 @@ def check_unheld(storage: Storage, checkpoint: Checkpoint) -> None:
 
 
 def check_unburied(storage: Storage, checkpoint: Checkpoint) -> None:
-    """Nothing, unless ``checkpoint`` was deleted (NotFoundError): tells damage from deletion during a read."""
-    key = layout.tombstone_key(checkpoint.order)
-    if any(entry.key == key for entry in storage.list(layout.TRASH)):
+    """Nothing, unless ``checkpoint`` was deleted (NotFoundError)."""
+    if is_buried(storage, checkpoint):
         raise NotFoundError(f"{checkpoint.id} was deleted meanwhile", id=checkpoint.id, step=checkpoint.step)
+
+
+def is_buried(storage: Storage, checkpoint: Checkpoint) -> bool:
+    """Whether a tombstone stands beside it: tells damage from deletion during a read."""
+    key = layout.tombstone_key(checkpoint.order)
+    return any(entry.key == key for entry in storage.list(layout.TRASH))

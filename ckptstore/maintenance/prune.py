@@ -12,6 +12,7 @@ from ckptstore.engine.saver import discard
 from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
+from ckptstore.maintenance.keep import is_buried
 from ckptstore.maintenance.verify import Leftover, sort_leftovers
 from ckptstore.storage.base import Entry, Storage
 
@@ -80,6 +81,8 @@ def _reclaim(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], b
     for checkpoint in catalogue.buried:
         id = checkpoint.order
         if checkpoint.id in lent or buried_at.get(layout.tombstone_key(id), before) >= before:
+            continue
+        if not is_buried(storage, checkpoint):
             continue
         # The commit record goes first and durably: a crash then leaves an unfinished id, never half a checkpoint.
         storage.delete([layout.commit_key(id)])
