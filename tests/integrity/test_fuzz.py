@@ -56,6 +56,11 @@ def places(node: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return found
 
 
+def copied(value: Any) -> Any:
+    """A value that shares nothing with ``value``."""
+    return json.loads(json.dumps(value))
+
+
 def change_value(record: Any, rng: random.Random) -> None:
     """Replace, remove, double, swap or nest something in the record."""
     spots = places(record, [])
@@ -64,21 +69,20 @@ def change_value(record: Any, rng: random.Random) -> None:
     container, key = rng.choice(spots)
     action = rng.randrange(7)
     if action <= 1:
-        container[key] = rng.choice(VALUES)
+        container[key] = copied(rng.choice(VALUES))
     elif action == 2:
         del container[key]
     elif action == 3:
         other, its = rng.choice(spots)
-        value = json.loads(json.dumps(other[its])) if its in other or isinstance(other, list) else None
-        container[key] = value
+        container[key] = copied(other[its])
     elif action == 4:
         container[key] = {"$": rng.choice(KINDS), rng.choice(FIELDS): container[key], rng.choice(FIELDS): 1}
     elif action == 5 and isinstance(container[key], int):
         container[key] += rng.choice([-1, 1, 4096, 2**32, -(2**31)])
     elif isinstance(container, list):
-        container.insert(key, container[key])
+        container.insert(key, copied(container[key]))
     else:
-        container[rng.choice(FIELDS)] = container[key]
+        container[rng.choice(FIELDS)] = copied(container[key])
 
 
 def change_bytes(data: bytes, rng: random.Random) -> bytes:

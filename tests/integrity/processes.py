@@ -1,0 +1,97 @@
+"""What other processes do to a store at the same time. Run by ``multiprocessing`` with spawn; needs no pytest."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ckptstore.errors import StaleWriterError
+from tests.integrity.stores import flat, opened, read, save, state
+
+NAMES = ["model/w", "model/b", "optimizer/m"]
+
+
+def tensors_of(number: int) -> dict[str, bytes]:
+    """Every byte tells which save it is of, so that a mixture of two shows."""
+    return {name: bytes([number % 256]) * (20_000 + 10 * index) for index, name in enumerate(NAMES)}
+
+
+def number_of(tensors: dict[str, bytes]) -> int:
+    """Which save these are, if they are of one and whole."""
+    values = {byte for data in tensors.values() for byte in set(data)}
+    assert len(values) == 1, f"a mixture of {values}"
+    assert tensors == tensors_of(*values), "not whole"
+    return values.pop()
+
+
+def told(results: Any, work: Callable[[], object]) -> None:
+    """Send back what ``work`` gives, or why it failed."""
+    try:
+        results.put(("ok", work()))
+    except BaseException:
+        results.put(("failed", traceback.format_exc()))
+
+
+def write(url: str, results: Any, first: int, count: int, *, shared: bool) -> None:
+    """Save ``count`` checkpoints or as many as a newer writer allows: (ids acknowledged, whether stopped)."""
+
+    def work() -> tuple[dict[str, int], bool]:
+        acknowledged: dict[str, int] = {}
+        with opened(url, shared=shared) as store:
+            for number in range(first, first + count):
+                try:
+                    acknowledged[save(store, state(tensors_of(number)), number).id] = number
+                except StaleWriterError:
+                    return acknowledged, True
+        return acknowledged, False
+
+    told(results, work)
+
+
+def churn(url: str, results: Any, count: int, *, ready: Any) -> None:
+    """Save, delete all but the newest two, and reclaim at once, again and again."""
+
+    def work() -> int:
+        ready.wait(60)
+        with opened(url) as store:
+            for number in range(1, count + 1):
+                save(store, state(tensors_of(number)), number)
+                for old in store.checkpoints()[:-2]:
+                    store.delete(old.id)
+                store.prune(grace_s=0)
+        return count
+
+    told(results, work)
+
+
+def follow(url: str, results: Any, last: int, *, ready: Any) -> None:
+    """Load ``latest`` until it is number ``last``: how many loads, of how many different checkpoints."""
+
+    def work() -> tuple[int, int]:
+        seen: list[int] = []
+        store = opened(url, read_only=True)
+        store.load("latest")
+        ready.wait(60)
+        while not seen or seen[-1] != last % 256:
+            seen.append(number_of(flat(store.load("latest"))))
+            assert seen == sorted(seen), "latest went back"
+        return len(seen), len(set(seen))
+
+    told(results, work)
+
+
+def forked(url: str, results: Any, store: Any) -> None:
+    """In a fork, with the parent's open store: reading works, saving is refused."""
+
+    def work() -> tuple[int, str]:
+        assert os.getpid() != store._pid
+        number = number_of(read(store, store.resolve("latest")))
+        try:
+            store.save({}, step=1)
+        except StaleWriterError as error:
+            return number, str(error)
+        return number, "saved"
+
+    told(results, work)
