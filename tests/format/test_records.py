@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -38,8 +39,8 @@ from ckptstore.format.tensorfile import TensorRow
 
 ID = "0001-000042-step1000-0123456789abcdef"
 STORE = "0" * 32
-texts = st.text(max_size=50).filter(lambda text: all(not 0xD800 <= ord(c) < 0xE000 for c in text))
-names = st.text(min_size=1, max_size=20).filter(lambda text: all(not 0xD800 <= ord(c) < 0xE000 for c in text))
+texts = st.text(max_size=50)
+names = st.text(min_size=1, max_size=20)
 counts = st.integers(0, (1 << 63) - 1)
 
 
@@ -184,10 +185,8 @@ def test_tables_come_back() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     """Parsing ends with a value or a FormatError, unsealing with an IntegrityError."""
-    try:
+    with suppress(FormatError):
         parse_json(data, "key", limit=100)
-    except FormatError as error:
-        assert error.key == "key"
     with pytest.raises(IntegrityError):
         unseal(data, "key", [StoreRecord])
 

@@ -22,9 +22,7 @@ from tests.integrity.stores import MemoryRaw, Source, Spec, State, opened
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 NUMPY |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
-texts = st.text(min_size=1, max_size=30).filter(
-    lambda s: s != "__metadata__" and all(not 0xD800 <= ord(c) < 0xE000 for c in s)
-)
+texts = st.text(min_size=1, max_size=30).filter(lambda text: text != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
@@ -72,20 +70,19 @@ def test_headers(rows: list[TensorRow]) -> None:
 def test_a_file_as_saved_opens(tmp_path: Path) -> None:
     """safe_open finds every tensor, of every type, in a file as it lies in the store."""
     raw = MemoryRaw(uuid4().hex)
-    sources = [
-        Source(Spec(f"model/{dtype}", dtype, (3, 2)), bytes(range(6 * size))) for dtype, size in ITEM_BYTES.items()
-    ]
+    content = {dtype: bytes(n % 2 for n in range(6 * size)) for dtype, size in ITEM_BYTES.items()}
+    sources = [Source(Spec(f"model/{dtype}", dtype, (3, 2)), data) for dtype, data in content.items()]
     with opened(raw.url) as store:
         id = stores.save(store, State(sources, {}), 1).id
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw.get(f"checkpoints/{id}/model.safetensors"))
     with safe_open(path, framework="numpy") as file:
         assert sorted(file.keys()) == sorted(ITEM_BYTES)
-        for dtype, size in ITEM_BYTES.items():
+        for dtype, data in content.items():
             assert file.get_slice(dtype).get_dtype() == dtype
             assert file.get_slice(dtype).get_shape() == [3, 2]
             if dtype in NUMPY:
-                assert file.get_tensor(dtype).tobytes() == bytes(range(6 * size)) or dtype == "BOOL"
+                assert file.get_tensor(dtype).tobytes() == data
 
 
 def test_the_header_is_that_of_safetensors_but_for_order_and_padding() -> None:
