@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from ckptstore.engine.commit import parse_fate
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import SMALL_LIMIT, CommitRecord, HoldRecord, unseal
 from ckptstore.storage.base import Entry, Storage
+
+
+_SCANS = 20
+"""How often a listing is begun again because the store changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,16 @@ def scan(storage: Storage, store_id: str | None, cache: Cache | None = None) -> 
     Raises:
         StorageError: the listing is incomplete. Never taken for "empty".
     """
-    cache = {} if cache is None else cache
+    for _ in range(_SCANS):
+        try:
+            return _scan(storage, store_id, {} if cache is None else cache)
+        except NotFoundError:
+            # A record was reclaimed after it was listed, and newer ones may have come: their number is not known.
+            continue
+    raise UnavailableError(f"{storage.url}: records in commits/ are listed and can't be read; try again later")
+
+
+def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
     # Tombstones first: where the newest is saved and its predecessor buried between the two listings, the other order
     # would see neither, and show an older checkpoint as the newest, or the store as empty.
     graves = {layout.record_id(entry.key) for entry in storage.list(layout.TRASH)}
@@ -153,8 +166,6 @@ def scan(storage: Storage, store_id: str | None, cache: Cache | None = None) -> 
             if store_id is not None and record.store_id != store_id:
                 raise IntegrityError(f"{entry.key} belongs to another store ({record.store_id})", key=entry.key)
             (buried if id in graves else live).append(Checkpoint.of(record))
-        except NotFoundError:
-            continue
         except (IntegrityError, FormatError) as error:
             damaged.append(Damage(entry.key, str(error), id=str(id)))
     live.sort(key=lambda c: c.order)
