@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import blake3
 import pytest
@@ -19,17 +18,7 @@ from ckptstore.engine.reader import read_contents
 from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format.tensorfile import TensorFile, TensorRow
 from tests.integrity.checks import falls_back, refuses, reports, verified
-from tests.integrity.stores import Forge, MemoryRaw, Pair, compact, opened, pair, sealed
-
-
-@pytest.fixture
-def p() -> Pair:
-    return pair(MemoryRaw(uuid4().hex))
-
-
-@pytest.fixture
-def forge(p: Pair) -> Forge:
-    return Forge(p.raw, p.bad.id)
+from tests.integrity.stores import Forge, Pair, compact, opened, sealed
 
 
 def refused(p: Pair, forge: Forge) -> None:

@@ -23,7 +23,7 @@ from ckptstore.errors import (
 from ckptstore.format.layout import parse_id
 from ckptstore.store import Store
 from tests.integrity import processes
-from tests.integrity.stores import GOOD, NEW, MemoryRaw, opened, read, save, state
+from tests.integrity.stores import GOOD, NEW, MemoryRaw, flat, opened, read, save, state
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -343,3 +343,26 @@ def test_pruning_against_bringing_back(raw: MemoryRaw) -> None:
     assert fired == [id]
     assert report.reclaimed == []
     assert read(other, other.resolve(id)) == dict(GOOD)
+
+
+@pytest.mark.parametrize("listing", ["commits/", "trash/"])
+def test_a_save_and_a_deletion_between_two_listings(raw: MemoryRaw, listing: str) -> None:
+    """A reader never takes an older checkpoint for the newest, or the store for empty, by listing in between."""
+    writer, reader, fired = opened(raw.url), opened(raw.url), []
+    old = save(writer, state(GOOD), 1)
+    before = save(writer, state(GOOD), 2)
+    list_ = reader._storage.list
+
+    def listed(prefix: str) -> list[Any]:
+        found = list_(prefix)
+        if prefix == listing and not fired:
+            fired.append(save(writer, state(NEW), 3).id)
+            writer.delete(before.id)
+            writer.delete(old.id)
+            writer.prune(grace_s=0)
+        return found
+
+    reader._storage.list = listed  # type: ignore[method-assign]
+    found = flat(reader.load("latest"))
+    assert fired
+    assert found == dict(NEW)
