@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 # _IOR('X', 125, __u32); the value means that not even the journal is flushed.
@@ -34,12 +34,9 @@ class Image:
         try:
             yield self.mounted_at
         except BaseException:
-            with suppress(OSError):
-                self._unmount()
+            # What failed may still hold a file open.
+            _run("umount", "--lazy", str(self.mounted_at))
             raise
-        self._unmount()
-
-    def _unmount(self) -> None:
         _run("umount", str(self.mounted_at))
 
     def cut_power(self) -> None:

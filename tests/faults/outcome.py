@@ -36,6 +36,11 @@ class Base:
     old: str | None
     new: str | None = None
 
+    @property
+    def operation(self) -> str:
+        """What is done to it."""
+        return "save" if self.new is None else "delete"
+
     def copy(self, path: Path) -> Path:
         """A copy of it, in a folder of the same name below ``path``, replacing the last one."""
         target = path / "store"

@@ -136,7 +136,17 @@ class Worker:
             strace.communicate()
 
 
-_PLAIN = {"threads": 1, "large": False, "again": False, "short_writes": False, "drop_fsyncs": None, "dies_after_s": 0}
+_PLAIN = {
+    "threads": 1,
+    "large": False,
+    "again": False,
+    "log": False,
+    "dies_at": 0,
+    "short_writes": False,
+    "drop_fsyncs": None,
+    "direct": True,
+    "dies_after_s": 0,
+}
 
 
 def _filter(calls: list[str]) -> str:

@@ -44,8 +44,8 @@ def test_the_kill_comes_before_or_after_the_call(
 def test_the_same_operation_makes_the_same_calls(traced: Worker, bases: dict[str, Base], tmp_path: Path) -> None:
     """Otherwise counting them would hit other points than it names."""
     for operation in OPERATIONS:
-        base, word = bases[operation], operation.split()[-1]
-        runs = [traced.points(base.copy(tmp_path), word, NEW, CHANGING) for _ in range(3)]
+        base = bases[operation]
+        runs = [traced.points(base.copy(tmp_path), base.operation, NEW, CHANGING) for _ in range(3)]
         assert runs[0] == runs[1] == runs[2]
         assert len(runs[0]) >= 55
 
@@ -56,8 +56,8 @@ def test_killed_at_every_call(
     traced: Worker, bases: dict[str, Base], tmp_path: Path, full: bool, operation: str, effect: str
 ) -> None:
     """Old checkpoint untouched, new one whole or absent, the next save works, and prune leaves nothing behind."""
-    base, word = bases[operation], operation.split()[-1]
-    points = traced.points(base.copy(tmp_path), word, NEW, CHANGING, large=full)
+    base = bases[operation]
+    points = traced.points(base.copy(tmp_path), base.operation, NEW, CHANGING, large=full)
     chosen = sampled(points, 5, full=full)
     existing = 0
 
@@ -65,7 +65,7 @@ def test_killed_at_every_call(
         fault = Fault(point, effect)
         path = base.copy(tmp_path)
         with named(operation, fault):
-            result = traced.broken(path, word, NEW, fault, large=full)
+            result = traced.broken(path, base.operation, NEW, fault, large=full)
             assert result.status == STATUS[effect], "the kill did not fire"
             existing += check_after_death(result, path, base, large=full)
 
@@ -79,9 +79,9 @@ def test_killed_at_any_time_with_several_threads(
     worker: Worker, bases: dict[str, Base], tmp_path: Path, full: bool, operation: str
 ) -> None:
     """The same with four threads, where no two runs are alike."""
-    base, word, choose = bases[operation], operation.split()[-1], random.Random(f"{SEED} {operation}")
+    base, choose = bases[operation], random.Random(f"{SEED} {operation}")
     begin = time.perf_counter()
-    assert worker.run(base.copy(tmp_path), word, NEW, threads=4, large=True).status == 0
+    assert worker.run(base.copy(tmp_path), base.operation, NEW, threads=4, large=True).status == 0
     duration_s = time.perf_counter() - begin
     killed, tries = 0, 100 if full else 8
 
@@ -89,7 +89,7 @@ def test_killed_at_any_time_with_several_threads(
         after_s = choose.uniform(0.1, 1) * duration_s
         path = base.copy(tmp_path)
         with named(operation, f"try {number}", f"{after_s:.4f} s"):
-            result = worker.run(path, word, NEW, threads=4, large=True, dies_after_s=after_s)
+            result = worker.run(path, base.operation, NEW, threads=4, large=True, dies_after_s=after_s)
             assert result.status in (0, -signal.SIGALRM)
             killed += result.status != 0
             check_after_death(result, path, base, large=True)

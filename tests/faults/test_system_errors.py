@@ -65,8 +65,8 @@ def test_an_error_at_every_call(
     traced: Worker, bases: dict[str, Base], tmp_path: Path, full: bool, operation: str, name: str, sticky: bool
 ) -> None:
     """Success and a whole checkpoint, or an error that tells the truth; and the store can be used again at once."""
-    base, word = bases[operation], operation.split()[-1]
-    points = traced.points(base.copy(tmp_path), word, NEW, [*CHANGING, *LOOKING])
+    base = bases[operation]
+    points = traced.points(base.copy(tmp_path), base.operation, NEW, [*CHANGING, *LOOKING])
     chosen = sampled(points, 16, full=full)
     failed = 0
 
@@ -74,7 +74,7 @@ def test_an_error_at_every_call(
         fault = Fault(point, f"error={name}", sticky)
         path = base.copy(tmp_path)
         with named(operation, fault):
-            result = traced.broken(path, word, NEW, fault, again=not sticky)
+            result = traced.broken(path, base.operation, NEW, fault, again=not sticky)
             check_answer(result, fault)
             if name != "EINTR":
                 check_no_second_fsync(result)

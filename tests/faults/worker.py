@@ -17,9 +17,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import ckptstore
@@ -108,6 +108,9 @@ _OPERATIONS = {"save": _save, "delete": _delete}
 
 def perform(order: Order, tell: Callable[[Any], None]) -> None:
     """Do ``order`` and ``tell`` how it ended; with ``again``, a failed one is repeated on the same open store."""
+    if order["log"]:
+        _perform_recorded(order, tell)
+        return
     with _shim(order) as injected, ckptstore.open(order["path"], threads=order["threads"]) as store:
         operation = _OPERATIONS[order["operation"]]
         _mark(BEGIN)
@@ -122,6 +125,21 @@ def perform(order: Order, tell: Callable[[Any], None]) -> None:
                     tell({"again": {"error": _describe(second)}})
         _mark(END)
         tell({"injected": len(injected)})
+
+
+def _perform_recorded(order: Order, tell: Callable[[Any], None]) -> None:
+    """Do ``order`` and tell the log of its calls; it ends abruptly after ``dies_at`` of them, where that isn't 0."""
+    # Beside this file; as a script it belongs to no package.
+    from recorder import Recorder
+
+    def die(log: list[Any]) -> NoReturn:
+        tell({"log": log})
+        os._exit(0)
+
+    with Recorder(order["path"], dies_at=order["dies_at"], die=die) as recorder:
+        with ckptstore.open(order["path"], threads=1) as store:
+            _OPERATIONS[order["operation"]](store, order, lambda message: recorder.note(message) or tell(message))
+        die(recorder.log)
 
 
 def _mark(path: str) -> None:
@@ -151,7 +169,7 @@ def _shim(order: Order) -> Iterator[list[int]]:
         with short_writes() as done:
             yield done
     elif order["drop_fsyncs"] is not None:
-        with dropped_fsyncs(order["drop_fsyncs"]) as done:
+        with dropped_fsyncs(order["drop_fsyncs"], direct=order["direct"]) as done:
             yield done
     else:
         yield []
@@ -180,7 +198,7 @@ def short_writes() -> Iterator[list[int]]:
 
 
 @contextmanager
-def dropped_fsyncs(numbers: Sequence[int]) -> Iterator[list[int]]:
+def dropped_fsyncs(numbers: Sequence[int], *, direct: bool) -> Iterator[list[int]]:
     """Leave out the calls of ``os.fsync`` with these numbers (from 0): a library that forgot them."""
     real, count, done = os.fsync, itertools.count(), list[int]()
 
@@ -191,7 +209,10 @@ def dropped_fsyncs(numbers: Sequence[int]) -> Iterator[list[int]]:
         else:
             real(fd)
 
-    with mock.patch("os.fsync", fsync):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch("os.fsync", fsync))
+        if not direct:
+            patches.enter_context(mock.patch("ckptstore.storage.posix.set_direct", lambda fd, on: not on))
         yield done
 
 
@@ -227,7 +248,7 @@ def _answer(order: Order) -> None:
     sys.stdin.readline()
     ours.send(b"go")
     messages = []
-    while message := ours.recv(1 << 16):
+    while message := ours.recv(1 << 20):
         messages.append(json.loads(message))
     ours.close()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
