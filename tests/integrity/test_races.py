@@ -366,3 +366,25 @@ def test_a_save_and_a_deletion_between_two_listings(raw: MemoryRaw, listing: str
     found = flat(reader.load("latest"))
     assert fired
     assert found == dict(NEW)
+
+
+@pytest.mark.parametrize("by", ["removing", "cutting"])
+def test_files_lost_during_a_save(raw: MemoryRaw, by: str) -> None:
+    """Somebody cleans up by hand, without asking the register: the save is not acknowledged."""
+    store, fired = opened(raw.url), []
+    save(store, state(GOOD), 1)
+    create = store._storage.create
+
+    def creating(key: str, data: bytes) -> None:
+        create(key, data)
+        if key.endswith("manifest.json"):
+            lost = key.replace("manifest.json", "model.safetensors")
+            fired.append(lost)
+            raw.remove(lost) if by == "removing" else raw.put(lost, b"")
+
+    store._storage.create = creating  # type: ignore[method-assign]
+    with pytest.raises(SaveFailedError, match=r"model\.safetensors"):
+        save(store, state(NEW), 2)
+    assert fired
+    assert [c.step for c in store.checkpoints()] == [1]
+    assert store.verify().leftovers == []
