@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 from ckptstore.engine.commit import parse_fate
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, UnavailableError
@@ -12,7 +12,6 @@ from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import SMALL_LIMIT, CommitRecord, HoldRecord, unseal
 from ckptstore.storage.base import Entry, Storage
-
 
 _SCANS = 20
 """How often a listing is begun again because the store changed meanwhile."""
@@ -59,8 +58,8 @@ class Checkpoint:
             FormatError: its time can't be read.
         """
         try:
-            created = datetime.fromisoformat(record.created)
-        except ValueError as error:
+            created = datetime.fromisoformat(record.created).astimezone(UTC)
+        except (ValueError, OverflowError) as error:
             raise FormatError(f"{record.id} was created at {record.created[:40]!r}, which is no time") from error
         return cls(
             id=record.id,

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 
+from ckptstore import __version__
 from ckptstore.errors import (
     CommitUnknownError,
     ExistsError,
@@ -48,21 +49,32 @@ def read_store(storage: Storage) -> StoreRecord:
 
 
 def ensure_store(storage: Storage, *, known_id: str | None = None) -> StoreRecord:
-    """``store.json``, created if missing; ``known_id`` is the store's id where its commits still tell it."""
+    """``store.json``, created if missing; ``known_id`` is the store's id where its commits still tell it.
+
+    Raises:
+        IntegrityError: it is damaged, and no commit tells the id.
+    """
+    record = StoreRecord(
+        store_id=known_id or secrets.token_hex(16),
+        digest=BLOCK_DIGEST,
+        created=now(),
+        created_by=f"ckptstore {__version__}",
+    )
     try:
         return read_store(storage)
     except NotFoundError:
-        from ckptstore import __version__
-
-        store_id = known_id or secrets.token_hex(16)
-        record = StoreRecord(
-            store_id=store_id, digest=BLOCK_DIGEST, created=now(), created_by=f"ckptstore {__version__}"
-        )
-        try:
-            storage.create(layout.STORE, seal(record))
-        except ExistsError:
-            return read_store(storage)
+        pass
+    except IntegrityError as error:
+        if known_id is None:
+            message = f"{error}, and no commit tells the store's id: remove it, and the next save writes it anew"
+            raise IntegrityError(message, key=layout.STORE) from error
+        # Nothing is overwritten, and training goes on: all that matters of it stands in every commit too.
         return record
+    try:
+        storage.create(layout.STORE, seal(record))
+    except ExistsError:
+        return read_store(storage)
+    return record
 
 
 def writers(storage: Storage) -> list[int]:

@@ -81,6 +81,7 @@ class ObjectReader(Protocol):
         """Fill ``buffer`` from ``offset`` and return how many bytes there were (fewer only at the end).
 
         Raises:
+            IntegrityError: these bytes can't be read for good (a bad sector).
             StorageError: the read failed; ``transient`` says whether to try again.
         """
 
@@ -110,7 +111,8 @@ class Storage(Protocol):
 
         Raises:
             NotFoundError: no such object.
-            StorageError: there is something else under that name, or the backend failed.
+            IntegrityError: something stands there that is no object, or it can't be read for good.
+            StorageError: the backend failed.
         """
 
     def read(self, key: str, *, limit: int) -> bytes:
@@ -119,6 +121,7 @@ class Storage(Protocol):
         Raises:
             NotFoundError: no such object.
             FormatError: it has more than ``limit`` bytes (nothing is read then).
+            IntegrityError: something stands there that is no object, or it can't be read for good.
             StorageError: the backend failed.
         """
 
@@ -145,7 +148,8 @@ class Storage(Protocol):
 
         Raises:
             NotFoundError: no such object.
-            StorageError: it is no regular object (a symlink, a device), or the backend failed.
+            IntegrityError: something stands there that is no object (a symlink, a device).
+            StorageError: the backend failed.
         """
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -60,6 +61,8 @@ class LocalStorage:
                 f"succeeded. Open the bucket itself: {url}"
             )
         self._preallocate = not is_remote(kind)
+        # What a disk can't read is lost, as if it had other bytes; a file server's EIO may be the network.
+        self._damage = posix.FOREIGN if is_remote(kind) else posix.FOREIGN | {errno.EIO}
         self.capabilities = Capabilities(
             durability="process-crash" if kind in VOLATILE else "power-cut",
             atomic_create=True,
@@ -90,13 +93,12 @@ class LocalStorage:
     def size(self, key: str) -> int:
         """Size in bytes; see ``Storage.size``."""
         folder, name = _split(key)
-        with self._errors("find", key), self._open_folder(folder) as parent:
-            found = os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
-            return posix.regular_size(found, path=self._where(key), key=key)
+        with self._reading("find", key), self._open_folder(folder) as parent:
+            return posix.regular_size(os.stat(name, dir_fd=parent.fd, follow_symlinks=False))
 
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole object; see ``Storage.read``."""
-        with self._errors("read", key):
+        with self._reading("read", key):
             file, size = self._open_regular(key)
             with file:
                 pieces, left = [], limit + 1
@@ -139,7 +141,8 @@ class LocalStorage:
 
     def open_reader(self, key: str) -> FileReader:
         """Open an object for reading; see ``Storage.open_reader``."""
-        return FileReader(self._where(check_key(key)), key, lambda: self._open_for_blocks(key))
+        check_key(key)
+        return FileReader(key, lambda: self._open_for_blocks(key), lambda: self._reading("read", key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, and the folders left empty; see ``Storage.delete``.
@@ -170,6 +173,9 @@ class LocalStorage:
 
     def _errors(self, doing: str, key: str, *, outcome: posix.Outcome = "failed") -> AbstractContextManager[None]:
         return os_errors(doing, self._where(key), key, outcome=outcome)
+
+    def _reading(self, doing: str, key: str) -> AbstractContextManager[None]:
+        return os_errors(doing, self._where(key), key, damage=self._damage)
 
     def _learn(self, **found: Any) -> None:
         # Without a lock, which a forked child might find held: a race costs one more probe.
@@ -207,10 +213,10 @@ class LocalStorage:
     def _open_regular(self, key: str) -> tuple[Descriptor, int]:
         folder, name = _split(key)
         with self._open_folder(folder) as parent:
-            return open_regular(parent, name, path=self._where(key), key=key)
+            return open_regular(parent, name)
 
     def _open_for_blocks(self, key: str) -> OpenFile:
-        with self._errors("open", key):
+        with self._reading("open", key):
             file, size = self._open_regular(key)
             direct = None
             if self.capabilities.direct_io and size >= ALIGNMENT:

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -188,8 +188,11 @@ class OpenFile(NamedTuple):
 class FileReader:
     """One file. Aligned reads bypass the page cache; the others leave nothing behind in it."""
 
-    def __init__(self, path: str, key: str, open_file: Callable[[], OpenFile]) -> None:
-        self._path, self._key, self._open = path, key, open_file
+    def __init__(
+        self, key: str, open_file: Callable[[], OpenFile], errors: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """``errors`` turns the system's errors into ours."""
+        self._key, self._open, self._errors = key, open_file, errors
         self._file: OpenFile | None = open_file()
         self.size = self._file.size
 
@@ -197,11 +200,12 @@ class FileReader:
         """Fill ``buffer`` from ``offset`` and return how many bytes there were (fewer only at the end).
 
         Raises:
+            IntegrityError: the disk can't read it.
             StorageError: the read failed.
         """
         if not buffer.nbytes:
             return 0
-        with os_errors("read", self._path, self._key):
+        with self._errors():
             for _ in range(_STALE_TRIES):
                 try:
                     return _fill(self._opened(), offset, buffer.cast("B"))
@@ -218,14 +222,14 @@ class FileReader:
     def _opened(self) -> OpenFile:
         file = self._file
         if file is None:
-            raise StorageError(f"{self._path} was closed", key=self._key)
+            raise StorageError(f"{self._key} was closed", key=self._key)
         return file
 
     def _reopened(self) -> OpenFile:
         # By name: a file server forgets handles when it restarts, and nothing is ever overwritten.
         file = self._open()
         if file.size != self.size:
-            raise StorageError(f"{self._path} had {self.size} bytes and has {file.size} now", key=self._key)
+            raise StorageError(f"{self._key} had {self.size} bytes and has {file.size} now", key=self._key)
         return file
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from ckptstore.errors import (
     CheckpointError,
     ExistsError,
+    IntegrityError,
     NotFoundError,
     StorageError,
     StorageFullError,
@@ -34,7 +35,7 @@ _FIRST_FREE = 3
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_FOREIGN = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV})
+FOREIGN = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV})
 _UNREACHABLE = frozenset(
     {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
 )
@@ -96,24 +97,24 @@ def open_at(folder: Descriptor | None, name: str, flags: int) -> Descriptor:
         return Descriptor(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
 
 
-def open_regular(folder: Descriptor, name: str, *, path: str, key: str) -> tuple[Descriptor, int]:
+def open_regular(folder: Descriptor, name: str) -> tuple[Descriptor, int]:
     """Open an existing regular file for reading: (descriptor, size in bytes).
 
     Raises:
-        StorageError: it is something else.
+        OSError: ELOOP where it is something else.
     """
     file = open_at(folder, name, EXISTING_FILE)
-    return file, regular_size(os.fstat(file.fd), path=path, key=key)
+    return file, regular_size(os.fstat(file.fd))
 
 
-def regular_size(found: os.stat_result, *, path: str, key: str) -> int:
+def regular_size(found: os.stat_result) -> int:
     """Size in bytes of a regular file.
 
     Raises:
-        StorageError: it is something else.
+        OSError: ELOOP where it is something else.
     """
     if not stat.S_ISREG(found.st_mode):
-        raise _foreign(path, key)
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return found.st_size
 
 
@@ -252,14 +253,19 @@ def reopen_direct(file: Descriptor) -> Descriptor | None:
 
 
 @contextlib.contextmanager
-def os_errors(doing: str, path: str, key: str, *, outcome: Outcome = "failed") -> Iterator[None]:
-    """Turn every OSError inside into one of ours: "can't ``doing`` ``path``: …"."""
+def os_errors(
+    doing: str, path: str, key: str, *, outcome: Outcome = "failed", damage: frozenset[int] = frozenset()
+) -> Iterator[None]:
+    """Turn every OSError inside into one of ours: "can't ``doing`` ``path``: …"; ``damage`` into IntegrityError."""
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
-        raise translated(error, doing, path, key, outcome=outcome) from error
+        found = translated(error, doing, path, key, outcome=outcome)
+        if error.errno in damage:
+            found = IntegrityError(str(found), key=key)
+        raise found from error
 
 
 def translated(error: OSError, doing: str, path: str, key: str, *, outcome: Outcome = "failed") -> CheckpointError:
@@ -269,19 +275,14 @@ def translated(error: OSError, doing: str, path: str, key: str, *, outcome: Outc
         return NotFoundError(f"{path} doesn't exist", key=key)
     if outcome == "failed" and number == errno.EEXIST:
         return ExistsError(f"{path} exists already, and nothing is ever overwritten", key=key)
-    if number in _FOREIGN:
-        return _foreign(path, key, outcome=outcome)
+    if number in FOREIGN:
+        message = (
+            f"{path} is no regular file in regular folders, but a symlink, a device or the like stands in its place; "
+            "it is not followed. Find out who put it there, and remove it"
+        )
+        return StorageError(message, outcome=outcome, key=key)
     meanings = [(kind, way_out) for numbers, kind, way_out in _MEANING if number in numbers]
     kind, way_out = meanings[0] if meanings else (StorageError, "")
     message = f"can't {doing} {path}: {error.strerror or error}{way_out}"
     transient = number in _TRANSIENT
     return kind(message, transient=transient, outcome=outcome, key=key)
-
-
-def _foreign(path: str, key: str, *, outcome: Outcome = "failed") -> StorageError:
-    return StorageError(
-        f"{path} is no regular file in regular folders, but a symlink, a device or the like stands in its place; "
-        "it is not followed. Find out who put it there, and remove it",
-        outcome=outcome,
-        key=key,
-    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.errors import ExistsError, StorageError
+from ckptstore.errors import ExistsError, IntegrityError, StorageError
 from ckptstore.storage import LocalStorage
 
 
@@ -72,7 +72,7 @@ def test_what_is_no_regular_file_is_not_opened(storage: LocalStorage, root: Path
         lambda: storage.size("commits/x"),
         lambda: storage.open_reader("commits/x"),
     ):
-        with pytest.raises(StorageError, match="commits/x is no regular file") as caught:
+        with pytest.raises(IntegrityError, match="commits/x is no regular file") as caught:
             use()
         assert caught.value.key == "commits/x"
     for write in (lambda: storage.create("commits/x", b""), lambda: storage.open_writer("commits/x")):
@@ -85,10 +85,14 @@ def test_what_is_no_regular_file_is_not_opened(storage: LocalStorage, root: Path
 def test_what_is_no_folder_is_not_entered(storage: LocalStorage, root: Path, outside: Path, kind: str) -> None:
     _plant(kind, root / "checkpoints", outside)
 
-    for use in (
+    for read in (
         lambda: storage.read("checkpoints/secret", limit=99),
         lambda: storage.size("checkpoints/secret"),
         lambda: storage.open_reader("checkpoints/secret"),
+    ):
+        with pytest.raises(IntegrityError, match="symlink"):
+            read()
+    for use in (
         lambda: storage.create("checkpoints/new", b""),
         lambda: storage.open_writer("checkpoints/id/new"),
         lambda: storage.delete(["checkpoints/secret"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,44 @@ def test_lost_store_record_is_rewritten(store_path: Path) -> None:
     again = store.save(tensors(2), step=2)
     assert again.record.store_id == saved.record.store_id
     assert store.verify().ok
+
+
+def test_saves_go_on_beside_a_damaged_store_record(store_path: Path) -> None:
+    """A flip in store.json stops neither loads nor saves; it is warned of, and verify names the way out."""
+    saved = cs.open(store_path).save(tensors(1), step=1)
+    record = store_path / "store.json"
+    record.write_bytes(record.read_bytes().replace(b"store_id", b"store_ie"))
+    store = cs.open(store_path)
+    with pytest.warns(cs.DamageWarning, match=r"store\.json"):
+        again = store.save(tensors(2), step=2)
+    assert again.record.store_id == saved.record.store_id
+    assert store.load()["step"] == 2
+    [damage] = store.verify().damages
+    assert damage.key == "store.json"
+    assert "remove it" in damage.problem
+
+
+def test_a_disk_that_cant_read_is_damage(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector costs one checkpoint, not the run."""
+    store = cs.open(store_path)
+    good, bad = store.save(tensors(1), step=1), store.save(tensors(2), step=2)
+    real, fired = os.preadv, []
+    sector = os.stat(store_path / "checkpoints" / bad.id / "model.safetensors").st_ino
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if os.fstat(fd).st_ino == sector:
+            fired.append(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.warns(cs.FallbackWarning, match=bad.id):
+        assert store.load()["step"] == 1
+    assert fired
+    with pytest.raises(cs.IntegrityError, match="dmesg"):
+        store.load(bad.id)
+    assert [d.id for d in store.verify().damages] == [bad.id]
+    assert store.verify(good.id).ok
 
 
 def test_progress_counts_all_bytes(url: str) -> None:
