@@ -57,7 +57,9 @@ def reported(*, as_json: bool) -> Iterator[None]:
         _end(fields_of(error), f"error: {error}", exit_code(error), as_json)
     except OSError as error:
         _flush_stdout()
-        _end({"code": "os", "message": str(error)}, f"error: {error}", UNUSABLE, as_json)
+        # The storage's own errors name what failed; what names nothing is the answer's way out.
+        message = str(error) if error.filename else f"the answer can't be written: {error.strerror or error}"
+        _end({"code": "os", "message": message}, f"error: {message}", UNUSABLE, as_json)
     except Exception as error:
         _end_as_bug(error, as_json)
 
@@ -75,7 +77,11 @@ def fields_of(error: CheckpointError) -> dict[str, Any]:
 
 def _end(fields: dict[str, Any], line: str, code: int, as_json: bool) -> None:
     if as_json:
-        emit({"error": fields})
+        try:
+            emit({"error": fields})
+        except OSError:
+            # Nobody takes the document; the line and the exit code still tell.
+            _close_stdout()
     click.secho(plain(line), err=True, fg="red")
     raise click.exceptions.Exit(code)
 

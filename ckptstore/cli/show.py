@@ -111,7 +111,7 @@ def _head(checkpoint: Checkpoint, holds: Mapping[str, str]) -> Table:
 
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold")
-    made.add_column()
+    made.add_column(overflow="fold")
     for name, value in _facts(checkpoint, holds):
         if value:
             made.add_row(name, Text(plain(value)))
@@ -119,7 +119,9 @@ def _head(checkpoint: Checkpoint, holds: Mapping[str, str]) -> Table:
 
 
 def _facts(c: Checkpoint, holds: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    ratio = f", {c.stored_bytes / c.raw_bytes:.2f} of its size in memory" if c.raw_bytes else ""
+    size = texts.size_text(c.stored_bytes)
+    if c.stored_bytes != c.raw_bytes:
+        size += f", {c.stored_bytes / c.raw_bytes:.2f} of the {texts.size_text(c.raw_bytes)} in memory"
     yield "id", c.id
     yield "step", str(c.step)
     yield "epoch", "" if c.epoch is None else str(c.epoch)
@@ -127,7 +129,7 @@ def _facts(c: Checkpoint, holds: Mapping[str, str]) -> Iterator[tuple[str, str]]
     yield "reasons", ", ".join(c.reasons)
     yield "held by", ", ".join(texts.holds_of(c.id, holds))
     yield "created", f"{texts.time_text(c.created)} (UTC {c.created:%Y-%m-%d %H:%M:%S})"
-    yield "size", f"{texts.size_text(c.stored_bytes)} stored{ratio} ({texts.size_text(c.raw_bytes)})"
+    yield "size", size
     yield "parameters", f"{c.parameters:,}" if c.parameters else ""
     yield "ranks", str(c.world_size) if c.world_size > 1 else ""
 
@@ -136,13 +138,14 @@ def _files(contents: Contents) -> Table:
     from rich.text import Text
 
     numbers = ("tensors", "blocks", "stored", "raw")
-    made = table("file", *numbers, "codec", "borrowed from", right=numbers)
-    for file in contents.files:
-        it = _file_fields(file)
+    files = [_file_fields(file) for file in contents.files]
+    lent = any(it["owner"] != contents.commit.id for it in files)
+    made = table("file", *numbers, "codec", *(["borrowed from"] if lent else []), right=numbers)
+    for it in files:
         sizes = texts.size_text(it["stored_bytes"]), texts.size_text(it["raw_bytes"])
         borrowed = it["owner"] if it["owner"] != contents.commit.id else ""
         cells = (it["name"], str(it["tensors"]), str(it["blocks"]), *sizes, ", ".join(it["codecs"]), borrowed)
-        made.add_row(*(Text(plain(cell)) for cell in cells))
+        made.add_row(*(Text(plain(cell)) for cell in cells[: len(made.columns)]))
     return made
 
 

@@ -37,14 +37,18 @@ def plain(text: str) -> str:
 
 
 def answer(*parts: RenderableType, fit: bool = True) -> None:
-    """The person's answer on stdout, with ``fit`` made as wide as the terminal where one shows it."""
+    """The person's answer on stdout, with ``fit`` tables made as wide as the terminal where one shows them."""
     from rich.console import Console
 
     console = Console(width=None if fit and sys.stdout.isatty() else _UNBOUNDED, highlight=False)
     for part in parts:
+        if isinstance(part, str):
+            # Not wrapped: the terminal does it, and a command or an id copied from there stays whole.
+            click.echo(plain(part))
+            continue
         # By way of click: rich ends the process itself when the reader of a pipe has gone.
         with console.capture() as captured:
-            console.print(plain(part) if isinstance(part, str) else part, markup=False)
+            console.print(part, markup=False)
         click.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
 
 

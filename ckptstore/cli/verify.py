@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Damage
     from ckptstore.maintenance.verify import VerifyReport
 
-_TENSORS_SHOWN = 20
+_TENSORS_SHOWN = 3
 
 
 @click.command()
@@ -80,6 +80,10 @@ def _document(url: str, report: VerifyReport) -> dict[str, object]:
 def _lines(report: VerifyReport, url: str) -> Iterator[str]:
     for damage in report.damages:
         yield from _damage_lines(damage)
+    bad = [one.checkpoint.id for one in report.checkpoints if not one.ok]
+    if bad:
+        id = bad[0] if len(bad) == 1 else "ID"
+        yield f"  copy the damaged files back from elsewhere, or: ckptstore delete {url} {id}"
     for left in report.leftovers:
         what = f"{texts.count_text(len(left.keys), 'object')}, {texts.size_text(left.stored_bytes)}"
         yield f"left by a killed save: {left.id or left.keys[0]} ({what})"
@@ -90,13 +94,15 @@ def _lines(report: VerifyReport, url: str) -> Iterator[str]:
 
 
 def _damage_lines(damage: Damage) -> Iterator[str]:
-    yield f"DAMAGED {damage.key or damage.id}: {damage.problem}"
-    if damage.id is not None:
+    # An error's text has to name the tensors by itself; here they have a line of their own.
+    problem = damage.problem.partition("; it holds ")[0] if damage.tensors else damage.problem
+    yield f"DAMAGED {problem}" if damage.key in problem else f"DAMAGED {damage.key}: {problem}"
+    if damage.id is not None and damage.id not in problem:
         yield f"  checkpoint {damage.id}"
     if damage.tensors:
         shown = ", ".join(damage.tensors[:_TENSORS_SHOWN])
         more = len(damage.tensors) - _TENSORS_SHOWN
-        yield f"  tensors {shown}" + (f" and {more} more (all of them with --json)" if more > 0 else "")
+        yield f"  with {shown}" + (f" and {more} more (--json names all)" if more > 0 else "")
 
 
 def _summary(report: VerifyReport) -> str:

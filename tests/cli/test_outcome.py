@@ -115,7 +115,7 @@ def test_exit_codes_of_all_errors() -> None:
     [
         (errors.UnavailableError("the disk is away"), 2, "error: the disk is away"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(5, "Input/output error"), 2, "error: [Errno 5] Input/output error"),
+        (OSError(5, "Input/output error"), 2, "error: the answer can't be written: Input/output error"),
         (ZeroDivisionError("1\n2"), 2, "error: this is a bug in ckptstore: ZeroDivisionError: 1\\x0a2 (CKPTSTORE_"),
     ],
 )

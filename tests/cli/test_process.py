@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import ckptstore
 from tests.cli.conftest import environment, process
 
 HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors")
@@ -85,7 +86,17 @@ def test_a_reader_that_leaves_is_no_error(url: str) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_full_disk_behind_stdout_is_one_line(url: str) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    assert ended_into(full, "show", url) == (2, "error: [Errno 28] No space left on device\n")
+    assert ended_into(full, "show", url) == (2, "error: the answer can't be written: No space left on device\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_behind_a_long_document_is_one_line(store_path: Path) -> None:
+    """A document over the size of a buffer fails while it is written, and so would the error's own document."""
+    with ckptstore.open(store_path) as store:
+        store.save({f"value {number}": number for number in range(10_000)}, step=1)
+    full = os.open("/dev/full", os.O_WRONLY)
+    code, said = ended_into(full, "show", str(store_path), "--json")
+    assert (code, said) == (2, "error: the answer can't be written: No space left on device\n")
 
 
 def in_terminal(args: list[str], said: bytes = b"") -> tuple[int, str, bytes]:

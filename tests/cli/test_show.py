@@ -20,7 +20,6 @@ def test_latest_is_shown_without_a_selector(run: Run, url: str, ids: list[str]) 
         "val_loss 2 (min is best)",
         "every 10 steps",
         "UTC 20",
-        "1.00 of its size in memory",
         "model.safetensors",
         "plain values",
         "lr = 0.001",

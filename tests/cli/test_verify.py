@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+import ckptstore
 from tests.cli.conftest import Run, data_file, flip
 
 UNFINISHED = "0001-000009-step90-0123456789abcdef"
@@ -37,9 +40,11 @@ def test_damage_names_block_file_and_tensors(run: Run, url: str, ids: list[str])
 
     answer = run("verify", url)
     assert answer.exit_code == 1
-    assert f"DAMAGED checkpoints/{ids[1]}/model.safetensors: block 0" in answer.stdout
-    assert "model/head.weight" in answer.stdout
-    assert answer.stdout.splitlines()[-1].startswith("DAMAGED: 3 checkpoints, 1 damaged, ")
+    damaged, tensors, way_out, summary = answer.stdout.splitlines()
+    assert damaged == f"DAMAGED block 0 of checkpoints/{ids[1]}/model.safetensors has other bytes than were saved"
+    assert tensors == "  with model/layers.0.bias, model/layers.0.weight, model/head.weight"
+    assert way_out.endswith(f": ckptstore delete {url} {ids[1]}")
+    assert summary.startswith("DAMAGED: 3 checkpoints, 1 damaged, ")
 
     report = run("verify", url, "--json")
     assert report.exit_code == 1
@@ -47,6 +52,28 @@ def test_damage_names_block_file_and_tensors(run: Run, url: str, ids: list[str])
     assert (damage["id"], damage["block"]) == (ids[1], 0)
     assert "model/head.weight" in damage["tensors"]
     assert report.json["ok"] is False
+
+
+def test_a_block_of_many_tensors_takes_two_lines(run: Run, store_path: Path) -> None:
+    """Some names say where the damage is; the document for scripts has all."""
+    with ckptstore.open(store_path) as store:
+        saved = store.save({"model": {f"layers.{number:02}": torch.zeros(4) for number in range(60)}}, step=1)
+    path = data_file(str(store_path), saved.id)
+    flip(path, path.stat().st_size - 1)
+
+    damaged, tensors = run("verify", store_path).stdout.splitlines()[:2]
+    assert damaged.count(saved.id) == 1
+    assert tensors == "  with model/layers.00, model/layers.01, model/layers.02 and 57 more (--json names all)"
+    (damage,) = run("verify", store_path, "--json").json["checkpoints"][0]["damages"]
+    assert len(damage["tensors"]) == 60
+
+
+def test_a_missing_file_is_named_once(run: Run, url: str, ids: list[str]) -> None:
+    path = data_file(url, ids[0])
+    path.unlink()
+
+    first = run("verify", url).stdout.splitlines()[0]
+    assert first == f"DAMAGED checkpoints/{ids[0]}/model.safetensors is missing"
 
 
 def test_one_checkpoint_only(run: Run, url: str, ids: list[str]) -> None:
