@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,11 @@ class BufferPool:
 
     def __init__(self, total_bytes: int = POOL_BYTES) -> None:
         self.buffers = max(2, total_bytes // BLOCK_BYTES)
+        self.forget()
+        _pools.add(self)
+
+    def forget(self) -> None:
+        """Begin anew, with no buffer allocated and none on lease."""
         self._unallocated = self.buffers
         self._free: list[mmap.mmap] = []
         self._changed = threading.Condition()
@@ -46,10 +53,22 @@ class BufferPool:
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) + self._unallocated >= count)
             while len(self._free) < count:
-                self._unallocated -= 1
-                # Anonymous maps begin on a page, as direct I/O demands.
+                # Anonymous maps begin on a page, as direct I/O demands. Counted only when it is there: memory may lack.
                 self._free.append(mmap.mmap(-1, BLOCK_BYTES))
+                self._unallocated -= 1
             return [self._free.pop() for _ in range(count)]
+
+
+_pools: weakref.WeakSet[BufferPool] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool.forget()
+
+
+# The maps stay shared with a forked child: what it loads would overwrite the blocks that its parent is saving.
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import threading
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: 
 
 # One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
 _LOCK = threading.Lock()
+# A forked child has no thread that could let go of it.
+os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 # memmove with the interpreter lock held: letting go of it costs more than copying a small tensor.
