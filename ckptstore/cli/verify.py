@@ -30,8 +30,8 @@ def verify(ctx: click.Context, url: str, selector: str | None, sample: float, as
     """Prove that every byte at URL is as it was saved.
 
     Reads every block of every checkpoint (or of the one selected), compares its hash, and names each damaged
-    block, its file and the tensors in it. Without SELECTOR it also names what killed saves left, which is no
-    damage, and objects that aren't ckptstore's. It changes nothing, and needs no PyTorch. --sample picks the
+    block, its file and the tensors in it. Without SELECTOR it also names saves that run now or were killed, which
+    is no damage, and objects that aren't ckptstore's. It changes nothing, and needs no PyTorch. --sample picks the
     blocks at random; all records are read anyway.
 
     \b
@@ -86,9 +86,9 @@ def _lines(report: VerifyReport, url: str) -> Iterator[str]:
         yield f"  copy the damaged files back from elsewhere, or: ckptstore delete {url} {id}"
     for left in report.leftovers:
         what = f"{texts.count_text(len(left.keys), 'object')}, {texts.size_text(left.stored_bytes)}"
-        yield f"left by a killed save: {left.id or left.keys[0]} ({what})"
+        yield f"unfinished: {left.id or left.keys[0]} ({what})"
     if report.leftovers:
-        yield f"  no damage; collected by: ckptstore prune {url}"
+        yield f"  no damage: a save that runs now, or was killed; of killed ones collected by: ckptstore prune {url}"
     yield from (f"not ckptstore's, left alone: {key}" for key in report.foreign)
     yield _summary(report)
 

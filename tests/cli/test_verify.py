@@ -103,7 +103,7 @@ def test_leftovers_and_foreign_objects_are_no_damage(run: Run, url: str) -> None
 
     answer = run("verify", url)
     assert answer.exit_code == 0
-    assert f"left by a killed save: {UNFINISHED} (1 object, 4 B)" in answer.stdout
+    assert f"unfinished: {UNFINISHED} (1 object, 4 B)" in answer.stdout
     assert f"ckptstore prune {url}" in answer.stdout
     assert "notes.txt" in answer.stdout
     report = run("verify", url, "--json").json
