@@ -171,9 +171,7 @@ def _confirm(storage: Storage, id: CheckpointId, data: bytes, unknown: StorageEr
         raise question from unknown
     try:
         found = storage.read(key, limit=SMALL_LIMIT)
-    except StorageError as error:
-        raise question from error
-    except NotFoundError as error:
+    except (StorageError, NotFoundError, IntegrityError) as error:
         raise question from error
     if found == data:
         return

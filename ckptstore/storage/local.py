@@ -316,6 +316,7 @@ class LocalStorage:
         with file:
             posix.write_all(file.fd, data)
             self._sync(file)
+            file.close()
 
     def _discard(self, key: str) -> None:
         """Remove an unfinished file, and its folder if that is empty now; durability doesn't matter."""

@@ -79,7 +79,9 @@ class Descriptor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # What was done through a folder, or read, stands whatever close says; who wrote a file closes it by name.
+        with contextlib.suppress(OSError):
+            self.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):

@@ -13,15 +13,20 @@ SEED = int(os.environ.get("FAULT_SEED", "0"))
 """Which of the points a sampled run takes."""
 
 
+DECISIVE = 14
+"""So many calls around and after the last link, which decides whether a checkpoint exists, are in every sample."""
+
+
 def sampled(points: Sequence[Point], every: int, *, full: bool) -> list[Point]:
-    """All points in a full run; else one in ``every`` of each kind of call, and at least one."""
+    """All points in a full run; else one in ``every`` of each kind of call, and those that decide."""
     if full:
         return list(points)
-    chosen: list[Point] = []
+    last_link = max(place for place, point in enumerate(points) if point.call == "linkat")
+    chosen = set(points[last_link - 1 : last_link - 1 + DECISIVE])
     for _, group in groupby(sorted(points), key=lambda point: point.call):
         kind = list(group)
-        chosen += kind[SEED % min(every, len(kind)) :: every]
-    return chosen
+        chosen.update(kind[SEED % min(every, len(kind)) :: every])
+    return [point for point in points if point in chosen]
 
 
 def kinds(points: Iterable[Point]) -> set[str]:

@@ -156,7 +156,8 @@ def _describe(error: BaseException) -> dict[str, Any]:
         causes.append(type(cause).__name__)
         cause = cause.__cause__
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    return {"kinds": kinds, "causes": causes, "message": str(error), "id": getattr(error, "id", None)}
+    fields = {name: getattr(error, name, None) for name in ("id", "key")}
+    return {"kinds": kinds, "causes": causes, "message": str(error), **fields}
 
 
 # --- faults made inside the process ---
