@@ -55,13 +55,19 @@ def is_plain(optimizer: torch.optim.Optimizer) -> bool:
 def encode(encoder: Encoder, optimizer: torch.optim.Optimizer, path: str) -> dict[str, Json]:
     """The fields of an optimizer's node. All modules must have been encoded."""
     refs: dict[int, str] = {}
+    taken: set[str] = set()
     groups: list[Json] = []
     for number, group in enumerate(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key != "params"}
-        names = [encoder.owners.get(id(p), f"#{number}.{index}") for index, p in enumerate(group["params"])]
-        refs.update(zip(map(id, group["params"]), names, strict=True))
+        names: list[Json] = []
+        for index, parameter in enumerate(group["params"]):
+            place, name = f"#{number}.{index}", encoder.owners.get(id(parameter))
+            # A group may list a parameter twice, as that of a trunk which two heads share.
+            names.append(place if name is None or name in taken else name)
+            taken.add(str(names[-1]))
+            refs.setdefault(id(parameter), str(names[-1]))
         groups.append({
-            "params": list(names),
+            "params": names,
             "shapes": [list(parameter.shape) for parameter in group["params"]],
             "options": encoder.encode(options, f"{path}/groups/{number}"),
         })  # fmt: skip
