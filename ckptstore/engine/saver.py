@@ -27,6 +27,7 @@ from ckptstore.format.codecs import Compression
 from ckptstore.format.digest import sha256
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import (
+    PART_LIMIT,
     CommitRecord,
     FileEntry,
     ManifestRecord,
@@ -157,6 +158,13 @@ class Saver:
         )
         with collector_paused():
             part = to_json(PartRecord(id=str(id), rank=0, files=files, tree=state.tree))
+        if len(part) > PART_LIMIT:
+            raise StateError(
+                f"{id} was not saved: what is no tensor takes {len(part)} bytes of JSON, tensor tables included, "
+                f"and {PART_LIMIT} can be loaded again: store long lists and texts as tensors, arrays or bytes",
+                id=str(id),
+                step=id.step,
+            )
         self.storage.create(layout.part_key(id, 0), part)
         manifest = to_json(
             ManifestRecord(
