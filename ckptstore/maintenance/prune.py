@@ -43,8 +43,8 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     ``own_writer`` is the caller's number where it has no save in flight: its leftovers go at once then.
     """
     entries = storage.list("")
-    # The storage's own clock, as far as it shows in the newest object; it may only delay.
-    now = max([time.time(), *(entry.modified for entry in entries)])
+    # Never the newest object's time: one file from the future would end the grace of all others at once.
+    now = time.time()
     leftovers, _ = sort_leftovers(entries, catalogue)
     newest = max(writers(storage), default=0)
     removed, spared, freed = [], [], 0
