@@ -64,7 +64,8 @@ class Store:
         self._compression = parse_compression(compression)
         self._pool = BufferPool(pool_bytes)
         self._threads = threads
-        self._saving = threading.Lock()
+        # Reentrant: a signal handler that saves may run in the midst of a save of its own thread.
+        self._saving = threading.RLock()
         self._fates: Cache = {}
         self._record: StoreRecord | None = None
         self._writer: int | None = None

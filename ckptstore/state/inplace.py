@@ -71,6 +71,8 @@ def obstacle_to(target: torch.Tensor, dtype: torch.dtype) -> str | None:
         not {dtype, target.dtype} <= _CASTABLE or (dtype.is_complex and not target.dtype.is_complex)
     ):
         return ", into which there is no conversion"
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return ", an inference tensor: load inside of torch.inference_mode(), or clone() it first"
     if not target.is_contiguous() and 0 in target.stride():
         return ", whose elements share memory: call contiguous() first"
     return None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckptstore.errors import FormatError
+from ckptstore.errors import FormatError, StateError
 from ckptstore.state.dtypes import CODE_BYTES, torch_dtype
 
 Bytes = npt.NDArray[np.uint8]
@@ -24,7 +24,7 @@ CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: 
 """Item size → a type that torch can copy, so that types without arithmetic are moved too."""
 
 # One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 # A forked child has no thread that could let go of it.
 os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
@@ -190,6 +190,13 @@ def _allocate(spec: TensorSpec, nbytes: int) -> torch.Tensor:
         # The device is named so that a default device of the caller's doesn't take the tensor away from the host.
         return torch.empty(tensor_shape(spec, dtype), dtype=dtype, device="cpu")
     except RuntimeError as error:
+        if "allocate memory" in str(error):
+            # No damage: "latest" must not go back to an older checkpoint because of it.
+            raise StateError(
+                f"there is no memory for the {nbytes} bytes of {spec.name!r}: free some, load a part with only=, or "
+                "into= tensors that exist",
+                path=spec.name,
+            ) from error
         raise FormatError(f"no tensor of shape {list(spec.shape)} can be made for {spec.name!r}: {error}") from error
 
 
