@@ -6,7 +6,7 @@ Works without torch: where bytes go is up to whoever asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
@@ -248,11 +248,7 @@ def check_blocks(
 
 def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) -> memoryview:
     entry = task.file.entry.blocks[task.number]
-    try:
-        stored = _read_checked(contents, task, entry, buffers[0])
-    except IntegrityError:
-        # Once more: a flip on the way up heals by itself, one on the disk does not.
-        stored = _read_checked(contents, task, entry, buffers[0])
+    stored = _read_twice(contents, task, entry, buffers[0])
     raw = stored if entry.codec == "none" else buffers[1][: entry.raw]
     if raw is not stored:
         _decode(contents, task, stored, raw)
@@ -265,6 +261,13 @@ def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) 
             key=task.file.key,
         )
     return raw
+
+
+def _read_twice(contents: Contents, task: BlockTask, entry: BlockEntry, buffer: memoryview) -> memoryview:
+    # A flip on the way up heals by itself, one on the disk does not.
+    with suppress(IntegrityError):
+        return _read_checked(contents, task, entry, buffer)
+    return _read_checked(contents, task, entry, buffer)
 
 
 def _decode(contents: Contents, task: BlockTask, stored: memoryview, raw: memoryview) -> None:

@@ -40,16 +40,15 @@ def select(checkpoints: Sequence[Checkpoint], holds: Mapping[str, str], selector
     wanted = holds.get(selector, selector)
     matches = [c for c in checkpoints if c.id.startswith(wanted)]
     if len(matches) > 1:
-        raise FormatError(
-            f"{selector!r} begins the ids of {len(matches)} checkpoints; write more of it: {matches[-1].id}"
-        )
+        ids = ", ".join(c.id for c in matches[-3:])
+        raise FormatError(f"{selector!r} begins the ids of {len(matches)} checkpoints; write more of one: {ids}")
     return matches[0] if matches else _nothing(checkpoints, selector, where)
 
 
 def _nothing(checkpoints: Sequence[Checkpoint], selector: str, where: str) -> NoReturn:
     shown = ", ".join(str(c.step) for c in checkpoints[-5:])
-    more = "the newest are of steps" if len(checkpoints) > 5 else "it has steps"
-    raise NotFoundError(f"{where} has no checkpoint {selector!r}; {more} {shown}. Selectors: {SELECTORS}")
+    which = "the newest are" if len(checkpoints) > 5 else "there is"
+    raise NotFoundError(f"{where} has no checkpoint {selector!r}; {which} step {shown}. Selectors: {SELECTORS}")
 
 
 def _best(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:

@@ -58,7 +58,7 @@ class LocalStorage:
         if url is not None:
             raise StorageError(
                 f"{self._path} is a bucket mounted with {kind}, where a file may be lost although every write to it "
-                f"succeeded. Open the bucket itself: {url}"
+                f"succeeded. Use the bucket's own URL, {url}, with a ckptstore that opens it, or a disk of this machine"
             )
         self._preallocate = not is_remote(kind)
         # What a disk can't read is lost, as if it had other bytes; a file server's EIO may be the network.
@@ -185,6 +185,9 @@ class LocalStorage:
         if posix.sync(file.fd) or self.capabilities.durability != "power-cut":
             return
         self._learn(durability="process-crash")
+        self._warn_volatile()
+
+    def _warn_volatile(self) -> None:
         _log.warning(
             "%s lies on a file system (%s) that can't make files and folders durable on demand: "
             "checkpoints there survive the end of the process, but not a power cut",
@@ -272,6 +275,8 @@ class LocalStorage:
             with open_at(None, os.path.dirname(path), _ROOT) as parent:
                 posix.make_folder(parent, os.path.basename(path))
                 self._sync(parent)
+        if self.capabilities.durability != "power-cut":
+            self._warn_volatile()
         with self._open_root() as root:
             # A process that was killed may have left names here that are seen and not yet durable.
             with suppress(PermissionError), open_at(root, "..", posix.FOLDER) as parent:
@@ -381,9 +386,13 @@ def _check_usable(path: str, existing: str, *, read_only: bool) -> None:
         raise StorageError(f"{path} can't hold checkpoints: {existing} is no folder. Choose another path")
     if read_only:
         if existing != path:
-            raise NotFoundError(f"{path} doesn't exist. Check the path, or open it for writing to make it")
+            raise NotFoundError(f"{path} doesn't exist. Check the path; the first save makes it")
         return
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
-        raise StorageError(f"{existing} is on a read-only file system. Choose another path, or read_only=True")
+        raise StorageError(
+            f"{existing} is on a read-only file system. It can be looked at (read_only=True), not written to"
+        )
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise StorageError(f"{existing} isn't writable for this user. Check permissions, or open with read_only=True")
+        raise StorageError(
+            f"{existing} isn't writable for this user. Check permissions; it can be looked at with read_only=True"
+        )

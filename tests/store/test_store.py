@@ -108,7 +108,7 @@ def test_empty_missing_and_wrong_are_different(url: str, store_path: Path) -> No
         cs.open("nothing://here")
     store = cs.open(url)
     store.save(tensors(1), step=1)
-    with pytest.raises(cs.NotFoundError, match="it has steps 1"):
+    with pytest.raises(cs.NotFoundError, match="there is step 1"):
         store.load("step:2")
 
 
