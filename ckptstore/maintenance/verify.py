@@ -6,13 +6,13 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import read_store
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
+from ckptstore.engine.reader import BlockTask, check_blocks, open_file, read_contents
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
@@ -144,33 +144,26 @@ def _checkpoint(
     def good(task: BlockTask, raw: memoryview) -> None:
         meter.add(task.file.entry.blocks[task.number].length)
 
-    with ExitStack() as readers:
-        tasks = _tasks(storage, contents, files, sample, found, readers)
-        check_blocks(contents, tasks, good, pool=pool, threads=threads, damaged=damaged)
+    for file in files:
+        try:
+            reader = open_file(storage, file, checkpoint.id)
+        except IntegrityError as error:
+            found.add(error, [file.name(index) for index in range(len(file.stream.rows))])
+            continue
+        # One file open at a time: a checkpoint may have more of them than a process may open.
+        with closing(reader):
+            numbers = _sampled(len(file.entry.blocks), sample)
+            tasks = (BlockTask(file, reader, number, []) for number in numbers)
+            check_blocks(contents, tasks, good, pool=pool, threads=threads, damaged=damaged)
     damages = sorted(found.damages, key=lambda d: (d.key, d.block if d.block is not None else -1))
     return CheckpointReport(checkpoint, damages, meter.done - before)
 
 
-def _tasks(
-    storage: Storage,
-    contents: Contents,
-    files: Iterable[DataFile],
-    sample: float,
-    found: _Findings,
-    readers: ExitStack,
-) -> Iterator[BlockTask]:
-    for file in files:
-        try:
-            reader = open_file(storage, file, contents.commit.id)
-        except IntegrityError as error:
-            found.add(error, [file.name(index) for index in range(len(file.stream.rows))])
-            continue
-        readers.callback(reader.close)
-        numbers = range(len(file.entry.blocks))
-        if sample < 1:
-            numbers = sorted(random.sample(numbers, max(1, round(len(numbers) * sample))))  # type: ignore[assignment]
-        for number in numbers:
-            yield BlockTask(file, reader, number, [])
+def _sampled(blocks: int, sample: float) -> Sequence[int]:
+    """Numbers of the blocks to read. The generator is its own: the run's random numbers must not depend on it."""
+    if sample >= 1:
+        return range(blocks)
+    return sorted(random.Random().sample(range(blocks), max(1, round(blocks * sample))))
 
 
 def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
