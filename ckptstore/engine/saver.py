@@ -84,14 +84,15 @@ class Facts:
         for name, mode in modes.items():
             if mode not in ("min", "max") or name not in values:
                 raise StateError(f"modes: {name!r}: {mode!r} must be 'min' or 'max', for a metric given", path="modes")
-        if isinstance(reasons, str):
-            raise StateError("reasons must be a list of texts, not one text", path="reasons")
+        texts = [] if isinstance(reasons, str) else list(reasons)
+        if isinstance(reasons, str) or not all(isinstance(text, str) for text in texts):
+            raise StateError("reasons must be a list of texts", path="reasons")
         return cls(
             _whole(step, "step"),
             None if epoch is None else _whole(epoch, "epoch"),
             values,
             {name: modes.get(name) or default_mode(name) for name in values},
-            list(reasons),
+            texts,
         )
 
 
@@ -119,6 +120,8 @@ class Saver:
         try:
             files, manifest = self._write(id, state, progress)
             record = self._record(id, state, facts, files, manifest)
+            # Its numbers are longer now than in the first try.
+            seal(record)
             self._recheck(id, files)
             self.check_fence()
         except BaseException as error:
@@ -249,8 +252,10 @@ def _whole(value: int, name: str) -> int:
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: object, value: Any) -> float:
+    if not isinstance(name, str):
+        raise StateError(f"metrics: the name {name!r:.100} is no text", path="metrics")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise StateError(f"metric {name!r} is {value!r:.100}, no number", path=f"metrics/{name}") from error
