@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from ckptstore.errors import StorageError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 
 POOL_BYTES = 64 << 20
@@ -54,9 +55,18 @@ class BufferPool:
             self._changed.wait_for(lambda: len(self._free) + self._unallocated >= count)
             while len(self._free) < count:
                 # Anonymous maps begin on a page, as direct I/O demands. Counted only when it is there: memory may lack.
-                self._free.append(mmap.mmap(-1, BLOCK_BYTES))
+                self._free.append(_allocated())
                 self._unallocated -= 1
             return [self._free.pop() for _ in range(count)]
+
+
+def _allocated() -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, BLOCK_BYTES)
+    except OSError as error:
+        raise StorageError(
+            f"there is no memory for a buffer of {BLOCK_BYTES} bytes: {error}", transient=True
+        ) from error
 
 
 _pools: weakref.WeakSet[BufferPool] = weakref.WeakSet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -31,10 +32,15 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
     crew = _Crew(tasks, work)
     members = [threading.Thread(target=crew.member, name=f"ckptstore-{n}") for n in range(threads)]
     try:
+        # Where the system has no room for more threads, those that run do all the work, or this one does.
+        with suppress(RuntimeError):
+            for member in members:
+                member.start()
+        if members[0].ident is None:
+            crew.member()
         for member in members:
-            member.start()
-        for member in members:
-            member.join()
+            if member.ident is not None:
+                member.join()
     except BaseException:
         crew.stop = True
         for member in members:
