@@ -94,6 +94,7 @@ class Decoder:
         found = self.wanted.get(spec.name)
         if found is None:
             found = self.wanted[spec.name] = Destination(spec)
+        found.copied = True
         return found
 
     def children(self, node: object, path: str) -> dict[Any, Any]:

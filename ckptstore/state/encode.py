@@ -38,6 +38,9 @@ MAX_DEPTH = 100
 INLINE_BYTES = 1024
 """Longer byte strings are stored as tensors, where they are hashed, compressed and read like these."""
 
+_NAME_LENGTH = 4000
+"""Names of tensors are cut there, for a tensor's table takes 4096 characters; the tree has the whole path."""
+
 FACTORIES: dict[str, Any] = {f.__name__: f for f in (list, dict, set, int, float, str, tuple, bool)}
 """What a defaultdict may make its values with."""
 
@@ -168,9 +171,10 @@ class Encoder:
 
     def _name(self, path: str) -> str:
         name = path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
-        name = base = name or "state"
+        name = base = name[:_NAME_LENGTH] or "state"
         number = 1
-        while name in self._names:
+        # In its file a tensor is called what follows the component.
+        while name in self._names or name.partition("/")[2] == "__metadata__":
             name = f"{base}~{number}"
             number += 1
         self._names.add(name)

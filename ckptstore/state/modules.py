@@ -94,32 +94,42 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical(name): value for name, value in root.named_parameters(remove_duplicate=False)}
 
 
+def full_names(module: nn.Module, path: str) -> dict[str, nn.Parameter]:
+    """Name in the state → parameter of a module that stands at ``path``."""
+    return {_join(path, name): parameter for name, parameter in named_parameters(unwrap(module)).items()}
+
+
 def encode(encoder: Encoder, module: nn.Module, path: str) -> Json:
     """The node of a module."""
     root = unwrap(module)
-    for name, parameter in named_parameters(root).items():
+    for name, parameter in full_names(root, path).items():
         if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
             # Refused before state_dict() is asked, so that the error names the parameter.
-            encoder.tensor(parameter, _join(path, name))
-        encoder.parameter(parameter, _join(path, name))
+            encoder.tensor(parameter, name)
+        encoder.parameter(parameter, name)
     if not is_plain(root):
         return encode_stateful(encoder, root, path)
     content: dict[str, Json] = {}
+    live = _asked(lambda: entries(root), root, path)
     with encoder.inside(root, path):
-        for name, (key, value) in entries(root).items():
+        for name, (key, value) in live.items():
             place = _join(path, name)
             content[name] = encoder.encode(value, place) if _is_extra(key) else encoder.tensor(value, place)
     return {TAG: "module", "type": type_name(type(root)), "entries": content}
 
 
-def encode_stateful(encoder: Encoder, value: Any, path: str) -> Json:
-    """The node of an object with ``state_dict``."""
+def _asked(ask: Callable[[], Any], value: object, path: str) -> Any:
     try:
-        state = value.state_dict()
+        return ask()
     except Exception as error:
         raise StateError(
-            f"state_dict() of the {type_name(type(value))} at {path!r} failed: {error}", path=path
+            f"state_dict() of the {type_name(type(value))} at {path!r} failed: {error!r}", path=path
         ) from error
+
+
+def encode_stateful(encoder: Encoder, value: Any, path: str) -> Json:
+    """The node of an object with ``state_dict``."""
+    state = _asked(value.state_dict, value, path)
     with encoder.inside(value, path):
         node: dict[str, Json] = {TAG: "stateful", "type": type_name(type(value)), "state": encoder.encode(state, path)}
         # Modules keep the versions of their layouts in an attribute of the dict.
@@ -132,7 +142,6 @@ def encode_stateful(encoder: Encoder, value: Any, path: str) -> Json:
 def pair(pairing: Pairing, node: dict[str, Any], module: nn.Module, path: str) -> None:
     """Plan to restore a module in place."""
     root = unwrap(module)
-    pairing.owners |= {_join(path, name): value for name, value in named_parameters(root).items()}
     if node[TAG] == "stateful":
         pair_stateful(pairing, node, root, path)
     elif is_plain(root):
@@ -170,7 +179,7 @@ def entry_nodes(node: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _pair_entries(pairing: Pairing, node: dict[str, Any], root: nn.Module, path: str) -> None:
-    targets = entries(root)
+    targets = _asked(lambda: entries(root), root, path)
     saved = entry_nodes(node, path)
     for name, child in saved.items():
         place = _join(path, name)

@@ -39,6 +39,7 @@ from ckptstore.state.tensors import Destination, TensorSpec
 from ckptstore.state.values import TAG
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.Tensor))
 
 
 class Pairing:
@@ -68,11 +69,31 @@ class Pairing:
 
     def plan(self, tree: object, target: object) -> None:
         """Plan everything: the only call from outside."""
+        self._note_owners(target, "", frozenset())
         make = self.pair(tree, target, "", 0)
         if make is not None and not same(tree, target):
             self.mismatched("", f"a {type(target).__name__} can't be changed in place; put it into a dict")
         for node, instance, path in self._optimizers:
             optimizer.pair(self, node, instance, path)
+
+    def _note_owners(self, target: object, path: str, above: frozenset[int]) -> None:
+        # Also of modules that only= leaves out: an optimizer names their parameters.
+        if isinstance(target, torch.nn.Module):
+            self.owners |= modules.full_names(target, path)
+            return
+        content: Any = ()
+        if isinstance(target, dict):
+            content = target.items()
+        elif isinstance(target, list | tuple | deque):
+            content = enumerate(target)
+        elif type(target) is SimpleNamespace:
+            content = vars(target).items()
+        elif dataclasses.is_dataclass(target):
+            content = [(field.name, getattr(target, field.name, None)) for field in dataclasses.fields(target)]
+        if id(target) not in above:
+            for key, item in content:
+                if type(item) not in _PLAIN:
+                    self._note_owners(item, join(path, key), above | {id(target)})
 
     def pair(self, node: Any, target: Any, path: str, depth: int) -> Maker | None:
         """Plan to restore ``target`` in place, or give what makes the value to put in its stead."""
@@ -253,6 +274,8 @@ class Pairing:
                 makers.append(None if child is ABSENT else self._added(child, place))
             else:
                 makers.append(None if child is ABSENT else self.pair(child, target[index], place, depth + 1))
+        if any(child is ABSENT for child in nodes):
+            makers += [None] * (len(target) - len(nodes))
         self.missing(join(path, i) for i in range(len(nodes), len(target)) if only_live(target[i]))
         self.values.append(lambda: fill_list(target, makers))
 
@@ -269,15 +292,29 @@ class Pairing:
         if kind == "namedtuple" and node.get("fields") != list(target._fields):
             self.mismatched(path, f"saved fields {node.get('fields')}, target {list(target._fields)}")
             return None
-        if not any(map(holds_live, target)):
+        whole = not any(child is ABSENT for child in nodes)
+        live = any(map(holds_live, target))
+        if whole and not live:
             cls, items = type(target), self.decoder.items(node, path, depth)
             return lambda: tuple.__new__(cls, (make() for make in items))
         if len(nodes) != len(target):
             self.mismatched(path, f"saved {len(nodes)} elements, target {len(target)}")
             return None
+        if not live:
+            return self._mended(nodes, target, path, depth)
         for index, (child, item) in enumerate(zip(nodes, target, strict=True)):
             self._fixed(child, item, join(path, index), depth)
         return None
+
+    def _mended(self, nodes: list[Any], target: tuple[Any, ...], path: str, depth: int) -> Maker:
+        """A tuple of plain values, of which some weren't asked for."""
+        makers = [
+            partial(target.__getitem__, index)
+            if child is ABSENT
+            else self.decoder.parse(child, join(path, index), depth)
+            for index, child in enumerate(nodes)
+        ]
+        return lambda: tuple(make() for make in makers)
 
     def _fixed(self, node: Any, item: object, path: str, depth: int) -> None:
         """Restore what lies in an immutable container: in place, or it must be equal already."""

@@ -41,6 +41,9 @@ class Restoration:
             FormatError: a value was malformed.
         """
         try:
+            for destination in self.wanted.values():
+                if destination.copied:
+                    destination.tensor()
             for step in self._steps:
                 step()
             return self._result()

@@ -139,9 +139,13 @@ def array_image(array: np.ndarray | None) -> Bytes:
 
 
 class Destination:
-    """Where the bytes of one stored tensor go: the target's own memory, or a tensor allocated on first use."""
+    """Where the bytes of one stored tensor go: the target's own memory, or a tensor allocated on first use.
 
-    __slots__ = ("_live", "_own", "nbytes", "spec")
+    Attributes:
+        copied: ``tensor`` will be called, and gives what was read only as long as nothing else changes the target.
+    """
+
+    __slots__ = ("_live", "_own", "copied", "nbytes", "spec")
 
     def __init__(self, spec: TensorSpec, live: torch.Tensor | np.ndarray | None = None) -> None:
         """``live`` is contiguous, on the CPU, writable, and of the spec's type and shape."""
@@ -149,6 +153,7 @@ class Destination:
         self.nbytes = stored_bytes(spec)
         self._live = live
         self._own: torch.Tensor | None = None
+        self.copied = False
 
     def host(self) -> memoryview:
         """The writable bytes of the contiguous image; any thread."""
