@@ -42,7 +42,7 @@ class DamageWarning(UserWarning):
 
 
 class FallbackWarning(DamageWarning):
-    """``latest`` was damaged, and an older checkpoint was loaded in its place."""
+    """``latest`` was damaged, and an older checkpoint was taken in its place."""
 
 
 class Store:
@@ -154,13 +154,13 @@ class Store:
         catalogue = self._scan()
         self._record = ensure_store(self._storage, known_id=catalogue.store_id)
         highest = catalogue.highest
-        if self._writer is None:
-            numbers = writers(self._storage)
-            if self._shared and numbers:
-                self._writer = numbers[-1]
-            else:
-                above = highest.writer if highest else 0
-                self._writer = claim_writer(self._storage, self._record.store_id, above=above)
+        numbers = writers(self._storage) if self._shared else []
+        if numbers:
+            # At every save: of several that began at once each may have claimed a number, and the newest counts.
+            self._writer = numbers[-1]
+        elif self._writer is None:
+            above = highest.writer if highest else 0
+            self._writer = claim_writer(self._storage, self._record.store_id, above=above)
         self._sequence = max(self._sequence, highest.seq if highest else 0)
 
     def _check_fence(self) -> None:
@@ -223,15 +223,18 @@ class Store:
         raise NotFoundError(f"there is no ckptstore at {self.url}: no store.json and no commits/. Check the path")
 
     def _select(self, catalogue: Catalogue, selector: str) -> Checkpoint:
-        _warn_damaged(catalogue.damaged)
+        newest = catalogue.checkpoints[-1] if selector == "latest" and catalogue.checkpoints else None
+        _warn_damaged(catalogue.damaged, newest)
         plain = ":" not in selector and selector != "latest"
         holds = read_holds(self._storage)[0] if plain else {}
         try:
             return select(catalogue.checkpoints, holds, selector, self.url)
         except NotFoundError:
-            damaged = [d for d in catalogue.damaged if plain and d.id and d.id.startswith(selector)]
-            if damaged:
-                raise IntegrityError(damaged[0].problem, id=damaged[0].id, key=damaged[0].key) from None
+            wanted = holds.get(selector, selector)
+            for damage in catalogue.damaged:
+                id = layout.try_id(damage.id or "")
+                if id and ((plain and str(id).startswith(wanted)) or selector == f"step:{id.step}"):
+                    raise _as_error(damage) from None
             if catalogue.damaged and not catalogue.checkpoints:
                 raise _all_damaged(self.url, {d.key: d.problem for d in catalogue.damaged}) from None
             raise
@@ -285,8 +288,10 @@ class Store:
             StateError: the target doesn't fit; all misfits are listed, nothing was changed.
         """
         catalogue = self._scan()
-        skipped: dict[str, CheckpointError] = {}
         first = self._select(catalogue, selector)
+        skipped: dict[str, CheckpointError] = {}
+        if selector == "latest":
+            skipped |= {d.id: _as_error(d) for d in catalogue.damaged if d.id and _is_newer(d, first)}
         candidates = reversed(catalogue.checkpoints) if selector == "latest" else [first]
         loader = Loader(self._storage, self._pool, self._threads, progress)
         for checkpoint in candidates:
@@ -456,9 +461,20 @@ def open(
     )
 
 
-def _warn_damaged(damaged: Iterable[Damage]) -> None:
+def _warn_damaged(damaged: Iterable[Damage], latest: Checkpoint | None = None) -> None:
+    """A warning each; of another class where one might have been ``latest`` in the place of the one that is."""
     for damage in damaged:
-        warnings.warn(f"{damage.problem}; its checkpoint is left out", DamageWarning, stacklevel=4)
+        category = FallbackWarning if latest and _is_newer(damage, latest) else DamageWarning
+        warnings.warn(f"{damage.problem}; its checkpoint is left out", category, stacklevel=4)
+
+
+def _is_newer(damage: Damage, checkpoint: Checkpoint) -> bool:
+    id = layout.try_id(damage.id or "")
+    return id is not None and id > checkpoint.order
+
+
+def _as_error(damage: Damage) -> IntegrityError:
+    return IntegrityError(damage.problem, id=damage.id, key=damage.key)
 
 
 def _all_damaged(url: str, problems: Mapping[str, str]) -> IntegrityError:
