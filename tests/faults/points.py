@@ -13,7 +13,7 @@ SEED = int(os.environ.get("FAULT_SEED", "0"))
 """Which of the points a sampled run takes."""
 
 
-DECISIVE = 14
+DECISIVE = 10
 """So many calls around and after the last link, which decides whether a checkpoint exists, are in every sample."""
 
 

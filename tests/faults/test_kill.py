@@ -58,7 +58,7 @@ def test_killed_at_every_call(
     """Old checkpoint untouched, new one whole or absent, the next save works, and prune leaves nothing behind."""
     base = bases[operation]
     points = traced.points(base.copy(tmp_path), base.operation, NEW, CHANGING, large=full)
-    chosen = sampled(points, 5, full=full)
+    chosen = sampled(points, 8, full=full)
     existing = 0
 
     for point in chosen:
