@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint, Damage
+    from ckptstore.engine.damage import DamageWarning, FallbackWarning
     from ckptstore.engine.loader import Loaded
     from ckptstore.errors import (
         CheckpointError,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ckptstore.maintenance.verify import VerifyReport
     from ckptstore.state.registry import register_type
     from ckptstore.state.rng import RNG
-    from ckptstore.store import DamageWarning, FallbackWarning, Store, open
+    from ckptstore.store import Store, open
 
 __version__ = "0.1.0"
 
@@ -74,7 +75,8 @@ _HOMES = {
     "ckptstore.maintenance.verify": ("VerifyReport",),
     "ckptstore.state.rng": ("RNG",),
     "ckptstore.state.registry": ("register_type",),
-    "ckptstore.store": ("DamageWarning", "FallbackWarning", "Store", "open"),
+    "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
+    "ckptstore.store": ("Store", "open"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,20 +10,23 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
-from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, Damage, read_holds, scan
+from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, read_holds, scan
 from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_store, writers
+from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.saver import Captured, Facts, Saver
-from ckptstore.engine.select import select
+from ckptstore.engine.select import SELECTORS, select
 from ckptstore.engine.workers import Progress, default_threads
 from ckptstore.errors import (
     CheckpointError,
     FormatError,
     IntegrityError,
     NotFoundError,
+    SaveFailedError,
     StaleWriterError,
+    StateError,
     StorageError,
 )
 from ckptstore.format import layout
@@ -35,14 +38,6 @@ from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.verify import VerifyReport, verify
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
-
-
-class DamageWarning(UserWarning):
-    """Something on storage is damaged; the message names it."""
-
-
-class FallbackWarning(DamageWarning):
-    """``latest`` was damaged, and an older checkpoint was taken in its place."""
 
 
 class Store:
@@ -133,7 +128,11 @@ class Store:
 
     def _save_captured(self, captured: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
         with self._saving:
-            saver, id = self._begin(facts.step)
+            try:
+                saver, id = self._begin(facts.step)
+            except StorageError as error:
+                message = f"step {facts.step} was not saved: {error}. Older checkpoints are untouched"
+                raise SaveFailedError(message, step=facts.step) from error
             record = saver.save(id, captured, facts, progress)
         self._fates[layout.commit_key(id)] = record
         return Checkpoint.of(record)
@@ -182,11 +181,11 @@ class Store:
         """All checkpoints, oldest first. Damaged commit records are left out with a ``DamageWarning``.
 
         Raises:
-            NotFoundError: there is no store at this URL.
+            NotFoundError: opened read-only, and there is no store.
             StorageError: the storage can't be read completely; never taken for "empty".
         """
         catalogue = self._scan()
-        _warn_damaged(catalogue.damaged)
+        warn_damaged(catalogue.damaged)
         return list(catalogue.checkpoints)
 
     def resolve(self, selector: str = "latest") -> Checkpoint:
@@ -200,9 +199,9 @@ class Store:
         """
         return self._select(self._scan(), selector)
 
-    def _scan(self) -> Catalogue:
+    def _scan(self, *, afresh: bool = False) -> Catalogue:
         record = self._identity()
-        catalogue = scan(self._storage, record.store_id if record else None, self._fates)
+        catalogue = scan(self._storage, record.store_id if record else None, {} if afresh else self._fates)
         if record is None and not catalogue.checkpoints and not catalogue.damaged and self._read_only:
             self._require_store()
         return catalogue
@@ -223,8 +222,10 @@ class Store:
         raise NotFoundError(f"there is no ckptstore at {self.url}: no store.json and no commits/. Check the path")
 
     def _select(self, catalogue: Catalogue, selector: str) -> Checkpoint:
+        if not isinstance(selector, str):
+            raise FormatError(f"{selector!r} is no selector; use {SELECTORS}")
         newest = catalogue.checkpoints[-1] if selector == "latest" and catalogue.checkpoints else None
-        _warn_damaged(catalogue.damaged, newest)
+        warn_damaged(catalogue.damaged, newest)
         plain = ":" not in selector and selector != "latest"
         holds = read_holds(self._storage)[0] if plain else {}
         try:
@@ -234,9 +235,9 @@ class Store:
             for damage in catalogue.damaged:
                 id = layout.try_id(damage.id or "")
                 if id and ((plain and str(id).startswith(wanted)) or selector == f"step:{id.step}"):
-                    raise _as_error(damage) from None
+                    raise as_error(damage) from None
             if catalogue.damaged and not catalogue.checkpoints:
-                raise _all_damaged(self.url, {d.key: d.problem for d in catalogue.damaged}) from None
+                raise all_damaged(self.url, {d.key: d.problem for d in catalogue.damaged}) from None
             raise
 
     # -- loading -----------------------------------------------------------------------------------------
@@ -287,11 +288,13 @@ class Store:
             IntegrityError: damaged (for ``latest``: all of them). With ``into=`` the target may hold a part.
             StateError: the target doesn't fit; all misfits are listed, nothing was changed.
         """
+        if isinstance(only, str):
+            raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
         catalogue = self._scan()
         first = self._select(catalogue, selector)
         skipped: dict[str, CheckpointError] = {}
         if selector == "latest":
-            skipped |= {d.id: _as_error(d) for d in catalogue.damaged if d.id and _is_newer(d, first)}
+            skipped |= {d.id: as_error(d) for d in catalogue.damaged if d.id and is_newer(d, first)}
         candidates = reversed(catalogue.checkpoints) if selector == "latest" else [first]
         loader = Loader(self._storage, self._pool, self._threads, progress)
         for checkpoint in candidates:
@@ -304,11 +307,12 @@ class Store:
                     # No damage: it was deleted while it was read, and the selector may mean another one now.
                     return self.load(selector, into=into, only=only, strict=strict, progress=progress)
                 if selector != "latest":
+                    error.add_note("load('latest') goes back to the newest good checkpoint; verify() finds all damage")
                     raise
                 skipped[checkpoint.id] = error
                 message = f"{checkpoint.id} is damaged, trying the one before: {error}"
                 warnings.warn(message, FallbackWarning, stacklevel=2)
-        raise _all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
+        raise all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
 
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """What ``checkpoint`` holds: its files, tensors and tree, proven against its commit record.
@@ -336,9 +340,11 @@ class Store:
         Raises:
             StorageError: the storage can't be read; that is no damage.
         """
-        if not 0 < sample <= 1:
-            raise FormatError(f"sample={sample} must be over 0 and at most 1 (1 = every block)")
-        catalogue = self._scan()
+        if type(sample) not in (int, float) or not 0 < sample <= 1:
+            raise FormatError(f"sample={sample!r} must be a number over 0 and at most 1 (1 = every block)")
+        # Listed before the commits are: a save that ends in between is committed, not unfinished.
+        entries = self._storage.list("") if selector is None else None
+        catalogue = self._scan(afresh=True)
         if selector is None and self._identity() is None and catalogue.highest is None:
             self._require_store()
         chosen = [self._select(catalogue, selector)] if selector is not None else list(catalogue.checkpoints)
@@ -346,7 +352,7 @@ class Store:
             self._storage,
             catalogue,
             chosen,
-            everything=selector is None,
+            entries=entries,
             sample=sample,
             pool=self._pool,
             threads=self._threads,
@@ -407,7 +413,7 @@ class Store:
     def holds(self) -> dict[str, str]:
         """The id that each hold pins, by the hold's name. Damaged holds give a ``DamageWarning``."""
         holds, damaged = read_holds(self._storage)
-        _warn_damaged(damaged)
+        warn_damaged(damaged)
         return holds
 
     def prune(self, *, grace_s: float = 24 * 3600.0) -> PruneReport:
@@ -450,6 +456,10 @@ def open(
     """
     if threads is not None and threads < 1:
         raise FormatError(f"threads={threads} must be at least 1")
+    if pool_bytes < 1:
+        raise FormatError(
+            f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
+        )
     storage = open_storage(os.fspath(url), read_only=read_only)
     return Store(
         storage,
@@ -459,24 +469,3 @@ def open(
         pool_bytes=pool_bytes,
         threads=threads or default_threads(),
     )
-
-
-def _warn_damaged(damaged: Iterable[Damage], latest: Checkpoint | None = None) -> None:
-    """A warning each; of another class where one might have been ``latest`` in the place of the one that is."""
-    for damage in damaged:
-        category = FallbackWarning if latest and _is_newer(damage, latest) else DamageWarning
-        warnings.warn(f"{damage.problem}; its checkpoint is left out", category, stacklevel=4)
-
-
-def _is_newer(damage: Damage, checkpoint: Checkpoint) -> bool:
-    id = layout.try_id(damage.id or "")
-    return id is not None and id > checkpoint.order
-
-
-def _as_error(damage: Damage) -> IntegrityError:
-    return IntegrityError(damage.problem, id=damage.id, key=damage.key)
-
-
-def _all_damaged(url: str, problems: Mapping[str, str]) -> IntegrityError:
-    listed = "; ".join(problems.values())
-    return IntegrityError(f"{url}: all {len(problems)} checkpoints are damaged, none was loaded: {listed[:2000]}")

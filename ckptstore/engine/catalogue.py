@@ -166,7 +166,8 @@ def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
                 raise IntegrityError(f"{entry.key} belongs to another store ({record.store_id})", key=entry.key)
             (buried if id in graves else live).append(Checkpoint.of(record))
         except (IntegrityError, FormatError) as error:
-            damaged.append(Damage(entry.key, str(error), id=str(id)))
+            way_out = "Copy it back from a backup, or move it away: prune then collects its files"
+            damaged.append(Damage(entry.key, f"{error}. {way_out}", id=str(id)))
     live.sort(key=lambda c: c.order)
     buried.sort(key=lambda c: c.order)
     return Catalogue(live, buried, frozenset(condemned), damaged, max(ids, default=None))

@@ -190,7 +190,9 @@ class Saver:
                 size = self.storage.size(key)
             except NotFoundError as error:
                 raise SaveFailedError(
-                    f"{key} disappeared while it was being saved", id=str(id), step=id.step
+                    f"{key} disappeared while it was being saved, as when prune takes it for a leftover; save again",
+                    id=str(id),
+                    step=id.step,
                 ) from error
             if size != file.stored_bytes:
                 raise SaveFailedError(

@@ -87,13 +87,13 @@ def verify(
     catalogue: Catalogue,
     chosen: Sequence[Checkpoint],
     *,
-    everything: bool,
+    entries: Sequence[Entry] | None,
     sample: float,
     pool: BufferPool,
     threads: int,
     progress: Progress | None,
 ) -> VerifyReport:
-    """Verify ``chosen``; with ``everything`` also the records and what else lies in the store.
+    """Verify ``chosen``; with ``entries``, all that was listed before ``catalogue``, also what else lies there.
 
     Raises:
         StorageError: the storage can't be read; that is no damage.
@@ -104,11 +104,17 @@ def verify(
     records: list[Damage] = []
     leftovers: list[Leftover] = []
     foreign: list[str] = []
-    if everything:
-        entries = storage.list("")
+    if entries is not None:
         records = [*_records(storage, entries), *catalogue.damaged, *read_holds(storage)[1]]
-        leftovers, foreign = sort_leftovers(entries, catalogue)
+        found, foreign = sort_leftovers(entries, catalogue)
+        leftovers = [leftover for leftover in found if _is_left(storage, leftover)]
     return VerifyReport(reports, records, leftovers, foreign, sample, meter.done, time.perf_counter() - begin)
+
+
+def _is_left(storage: Storage, leftover: Leftover) -> bool:
+    """Whether it still lies there: it may have been reclaimed while the store was listed and read."""
+    id = layout.try_id(leftover.id) if leftover.id else None
+    return id is None or bool(storage.list(layout.folder(id)))
 
 
 @dataclass

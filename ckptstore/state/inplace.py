@@ -67,15 +67,27 @@ def obstacle_to(target: torch.Tensor, dtype: torch.dtype) -> str | None:
         return ", on the meta device: call to_empty() first"
     if target.layout is not torch.strided or target.is_nested or type(target) not in PLAIN_TENSORS:
         return f", a {type_name(type(target))} that isn't plain"
-    if target.dtype != dtype and (
-        not {dtype, target.dtype} <= _CASTABLE or (dtype.is_complex and not target.dtype.is_complex)
-    ):
-        return ", into which there is no conversion"
+    if target.dtype != dtype and not _converts(dtype, target.dtype):
+        return ", into which it can't be converted without loss of more than precision"
     if target.is_inference() and not torch.is_inference_mode_enabled():
         return ", an inference tensor: load inside of torch.inference_mode(), or clone() it first"
     if not target.is_contiguous() and 0 in target.stride():
         return ", whose elements share memory: call contiguous() first"
     return None
+
+
+def _converts(saved: torch.dtype, live: torch.dtype) -> bool:
+    """Floats into floats and complex into complex, whatever their precision; integers only where every value fits."""
+    if not {saved, live} <= _CASTABLE:
+        return False
+    if saved.is_floating_point or saved.is_complex:
+        return saved.is_floating_point == live.is_floating_point and saved.is_complex == live.is_complex
+    if live.is_floating_point or live.is_complex or live == torch.bool:
+        return False
+    if saved == torch.bool:
+        return True
+    inner, outer = torch.iinfo(saved), torch.iinfo(live)
+    return outer.min <= inner.min and inner.max <= outer.max
 
 
 def _castable() -> set[torch.dtype]:

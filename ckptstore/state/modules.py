@@ -153,6 +153,8 @@ def pair(pairing: Pairing, node: dict[str, Any], module: nn.Module, path: str) -
 
 def pair_stateful(pairing: Pairing, node: dict[str, Any], target: Any, path: str) -> None:
     """Plan to call ``load_state_dict``."""
+    if type(target).__module__.startswith("torch.optim") and not pairing.same_class(node, target, path):
+        return
     make = pairing.decoder.parse(node, path)
     metadata = pairing.decoder.parse(node.get("metadata"), path)
     options = {} if pairing.strict or not isinstance(target, nn.Module) else {"strict": False}

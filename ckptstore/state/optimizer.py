@@ -147,6 +147,8 @@ def pair(pairing: Pairing, node: dict[str, Any], target: torch.optim.Optimizer, 
         StateError: another number of groups or parameters.
     """
     saved = read(node, path)
+    if not pairing.same_class(node, target, path):
+        return
     _check_counts(saved, target, path)
     matched = _match(pairing, saved, target)
     for number, (group, live) in enumerate(zip(saved.groups, target.param_groups, strict=True)):

@@ -186,9 +186,23 @@ class Pairing:
 
         self.loads.append(load)
 
+    def same_class(self, node: dict[str, Any], target: object, path: str) -> bool:
+        """Whether an optimizer or scheduler is of the class that was saved, by its name alone: modules move.
+
+        Another class would take the values without a word and fail at its next step.
+        """
+        saved, live = str(node.get("type")), type_name(type(target))
+        same = saved.rpartition(".")[2] == live.rpartition(".")[2]
+        if not same:
+            self.mismatched(path, f"saved {saved}, target {live}")
+        return same
+
     def _expect(self, kind: str, kinds: tuple[str, ...], target: object, path: str) -> bool:
         if kind not in kinds:
-            self.mismatched(path, f"saved {kind}, target {type_name(type(target))}")
+            hint = ""
+            if "module" in (kind, *kinds):
+                hint = " (give what was saved, or load without into= and call load_state_dict)"
+            self.mismatched(path, f"saved {kind}, target {type_name(type(target))}{hint}")
         return kind in kinds
 
     def _array(self, node: dict[str, Any], target: np.ndarray, path: str) -> None:
@@ -198,7 +212,8 @@ class Pairing:
             self.mismatched(path, names + ("" if target.flags.writeable else ", read-only"))
             return
         if target.dtype != dtype:
-            if not np.can_cast(dtype, target.dtype, "same_kind"):
+            casting = "same_kind" if dtype.kind == target.dtype.kind and dtype.kind in "fc" else "safe"
+            if not np.can_cast(dtype, target.dtype, casting):  # type: ignore[arg-type]
                 self.mismatched(path, names)
                 return
             self.report.cast.append(path)

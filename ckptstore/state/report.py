@@ -38,12 +38,13 @@ class LoadReport:
             lists = "; ".join(f"{title}: {', '.join(names)}" for title, names in found.items())
             first = next(iter(found.values()))[0]
             raise StateError(
-                f"the checkpoint doesn't fit the target ({lists}). Nothing was changed; strict=False loads what fits",
+                f"the checkpoint doesn't fit the target ({lists}). Nothing was changed. "
+                "strict=False loads what fits, only=['model/*'] a part",
                 path=first.partition(": ")[0],
             )
         if self.cast:
             warnings.warn(
-                f"{len(self.cast)} tensors were saved with another element type and are converted into the target's: "
-                f"{', '.join(self.cast)}",
-                stacklevel=3,
+                f"saved with another element type and converted into the target's: {', '.join(self.cast)}",
+                # The line of whoever called load().
+                stacklevel=5,
             )

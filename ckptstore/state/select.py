@@ -51,7 +51,12 @@ class Selection:
         unused = [pattern for pattern, _ in self._patterns if pattern not in self._used]
         if unused or pruned is ABSENT:
             names = ", ".join(map(repr, unused)) or "an empty list"
-            raise StateError(f"only={names} matches nothing in the checkpoint: patterns are like 'model/*'")
+            known = (
+                f"; it has {', '.join(map(repr, list(tree)[:20]))}"
+                if isinstance(tree, dict) and TAG not in tree
+                else ""
+            )
+            raise StateError(f"only={names} matches nothing in the checkpoint: patterns are like 'model/*'{known}")
         return pruned
 
     def _prune(self, node: Any, path: str, depth: int) -> Any:

@@ -291,3 +291,21 @@ def test_grad_scaler() -> None:
     load_into(save({"scaler": scaler}), {"scaler": target})
     assert target.get_scale() == 8.0
     assert json.loads(save({"scaler": scaler}).text)["scaler"]["type"].endswith("GradScaler")
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    [
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1), lambda m: torch.optim.Adam(m.parameters())),
+        (
+            lambda m: torch.optim.lr_scheduler.StepLR(torch.optim.SGD(m.parameters(), lr=0.1), 3),
+            lambda m: torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(m.parameters(), lr=0.1), 3),
+        ),
+    ],
+)
+def test_another_class_is_a_mismatch(saved: Any, target: Any) -> None:
+    """Another optimizer or scheduler would take the values without a word and fail at its next step."""
+    model = torch.nn.Linear(2, 2)
+    stored = save({"o": saved(model)})
+    with pytest.raises(StateError, match=r"o: saved torch\.optim.*, target torch\.optim"):
+        load_into(stored, {"o": target(model)})

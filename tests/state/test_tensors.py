@@ -206,12 +206,14 @@ def test_other_dtype_in_the_target_is_cast_and_reported() -> None:
     """With one warning for all."""
     target = {
         "a": torch.zeros(2, dtype=torch.bfloat16),
-        "b": torch.zeros(2),
+        "b": torch.zeros(2, dtype=torch.int64),
         "n": np.zeros(2, "f4"),
         "c": torch.zeros(1),
     }
-    saved = save({"a": torch.tensor([1.5, 2]), "b": torch.tensor([1, 2]), "n": np.ones(2), "c": torch.ones(1)})
-    with pytest.warns(UserWarning, match="3 tensors were saved with another") as caught:
+    saved = save(
+        {"a": torch.tensor([1.5, 2]), "b": torch.tensor([1, 2], dtype=torch.int16), "n": np.ones(2), "c": torch.ones(1)}
+    )
+    with pytest.warns(UserWarning, match="saved with another element type") as caught:
         restoration = load_into(saved, target)
     assert len(caught) == 1
     assert restoration.report.cast == ["a", "b", "n"]
@@ -223,13 +225,44 @@ def test_other_dtype_in_the_target_is_cast_and_reported() -> None:
 
 
 @pytest.mark.parametrize(
+    ("saved", "target"),
+    [
+        (torch.tensor([300, -1]), torch.zeros(2, dtype=torch.uint8)),
+        (torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int32)),
+        (torch.tensor([1.5, 2.0]), torch.zeros(2, dtype=torch.int64)),
+        (torch.tensor([1, 2]), torch.zeros(2)),
+        (torch.tensor([1, 2]), torch.zeros(2, dtype=torch.bool)),
+        (torch.tensor([1 + 1j, 2]), torch.zeros(2)),
+        (np.array([300, -1]), np.zeros(2, "u1")),
+        (np.array([1.5, 2.5]), np.zeros(2, "i8")),
+    ],
+)
+def test_a_conversion_that_could_change_values_is_a_mismatch(saved: Any, target: Any) -> None:
+    """Only precision may be lost, and only where the target is a float too."""
+    state = save({"x": saved})
+    with pytest.raises(StateError, match="mismatched: x: saved"):
+        load_into(state, {"x": target})
+    assert not target.any()
+
+
+def test_narrow_integers_go_into_wide_ones() -> None:
+    """Where every value fits, integers are converted, and reported."""
+    target = {"i": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2, dtype=torch.uint8)}
+    saved = save({"i": torch.tensor([7, -9], dtype=torch.int8), "b": torch.tensor([True, False])})
+    with pytest.warns(UserWarning, match="converted into the target's: b, i"):
+        load_into(saved, target)
+    assert target["i"].tolist() == [7, -9]
+    assert target["b"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: torch.zeros(4, 4), r"x: saved F32 \[3, 4\], target F32 \[4, 4\]"),
         (lambda: torch.zeros(3, 4, device="meta"), "to_empty"),
         (lambda: torch.zeros(1, 4).expand(3, 4), "share memory"),
         (lambda: torch.zeros(3, 4).to_sparse(), "isn't plain"),
-        (lambda: torch.empty(3, 4, dtype=torch.bits8), "no conversion"),
+        (lambda: torch.empty(3, 4, dtype=torch.bits8), "converted without loss"),
         (lambda: np.zeros((3, 4), "f4"), "saved tensor, target numpy.ndarray"),
         (lambda: nn.Linear(1, 1), "saved tensor, target torch.nn"),
     ],

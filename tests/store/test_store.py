@@ -304,7 +304,10 @@ def test_all_damaged_is_not_empty(store_path: Path) -> None:
     store = cs.open(store_path)
     saved = store.save(tensors(1), step=1)
     (store_path / "checkpoints" / saved.id / "manifest.json").unlink()
-    with pytest.warns(cs.FallbackWarning), pytest.raises(cs.IntegrityError, match="all 1 checkpoints are damaged"):
+    with (
+        pytest.warns(cs.FallbackWarning),
+        pytest.raises(cs.IntegrityError, match=r"every checkpoint is damaged \(1 in all\)"),
+    ):
         store.load()
     commit = store_path / "commits" / f"{saved.id}.json"
     commit.write_bytes(commit.read_bytes()[:-20])
@@ -410,6 +413,46 @@ def test_components_with_odd_names(url: str) -> None:
     assert all(torch.equal(loaded[k][n], t) for k in loaded for n, t in state.items() if n != "mödel/x")
     assert store.verify().ok
     assert store.verify().foreign == []
+
+
+def test_verify_beside_a_running_trainer(store_path: Path) -> None:
+    """What is committed while the store is verified is no leftover; damage of a record that was read before is seen."""
+    store, other = cs.open(store_path), cs.open(store_path)
+    store.save(tensors(1), step=1)
+    saved = []
+    report = store.verify(progress=lambda done, total: saved or saved.append(other.save(tensors(2), step=2)))
+    assert len(saved) == 1
+    assert (report.leftovers, report.foreign, report.ok) == ([], [], True)
+    commit = store_path / "commits" / f"{saved[0].id}.json"
+    commit.write_bytes(commit.read_bytes()[:-1])
+    [damage] = store.verify().damages
+    assert "move it away" in damage.problem
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda store: store.resolve(3),
+        lambda store: store.load(None),
+        lambda store: store.verify(sample="10%"),
+        lambda store: cs.open("memory://x", pool_bytes=0),
+        lambda store: cs.open("memory://x", threads=0),
+    ],
+)
+def test_wrong_arguments_name_themselves(url: str, use: Any) -> None:
+    """A wrong argument is an error of ours that says what is right."""
+    with pytest.raises(cs.FormatError):
+        use(cs.open(url))
+
+
+def test_only_as_text_is_explained(url: str) -> None:
+    """A text is a sequence of letters; the message gives the list."""
+    store = cs.open(url)
+    store.save(tensors(1), step=1)
+    with pytest.raises(cs.StateError, match=r"only=\['model/\*'\]"):
+        store.load(only="model/*")
+    with pytest.raises(cs.StateError, match="it has 'model', 'step'"):
+        store.load(only=["modle/*"])
 
 
 def test_close_twice_and_use_after() -> None:
