@@ -10,20 +10,19 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
-from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, read_holds, scan
+from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
+from ckptstore.engine.claim import Claim
 from ckptstore.engine.collector import collector_paused
-from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, read_store, writers
-from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
+from ckptstore.engine.damage import FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
+from ckptstore.engine.finder import Finder
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.saver import Captured, Facts, Saver
-from ckptstore.engine.select import SELECTORS, select
 from ckptstore.engine.workers import Progress, default_threads
 from ckptstore.errors import (
     CheckpointError,
     FormatError,
     IntegrityError,
-    NotFoundError,
     SaveFailedError,
     StaleWriterError,
     StateError,
@@ -31,8 +30,6 @@ from ckptstore.errors import (
 )
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
-from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import StoreRecord
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.verify import VerifyReport, verify
@@ -61,10 +58,8 @@ class Store:
         self._threads = threads
         # Reentrant: a signal handler that saves may run in the midst of a save of its own thread.
         self._saving = threading.RLock()
-        self._fates: Cache = {}
-        self._record: StoreRecord | None = None
-        self._writer: int | None = None
-        self._sequence = 0
+        self._finder = Finder(storage, read_only=read_only)
+        self._claim = Claim(storage, shared=shared)
         self._pid = os.getpid()
 
     @property
@@ -129,42 +124,14 @@ class Store:
     def _save_captured(self, captured: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
         with self._saving:
             try:
-                saver, id = self._begin(facts.step)
+                store, id = self._claim.next_id(facts.step, self._finder.scan)
             except StorageError as error:
                 message = f"step {facts.step} was not saved: {error}. Older checkpoints are untouched"
                 raise SaveFailedError(message, step=facts.step) from error
+            fence = self._claim.check_fence
+            saver = Saver(self._storage, store, self._pool, self._threads, self._compression, fence)
             record = saver.save(id, captured, facts, progress)
-        self._fates[layout.commit_key(id)] = record
         return Checkpoint.of(record)
-
-    def _begin(self, step: int) -> tuple[Saver, CheckpointId]:
-        if self._writer is None or self._shared:
-            self._claim()
-        store, writer = self._record, self._writer
-        assert store is not None
-        assert writer is not None
-        saver = Saver(self._storage, store, self._pool, self._threads, self._compression, self._check_fence)
-        self._check_fence()
-        self._sequence += 1
-        return saver, layout.new_id(writer, self._sequence, step)
-
-    def _claim(self) -> None:
-        """Become a writer. Only the first save does: opening and looking disturb nobody."""
-        catalogue = self._scan()
-        self._record = ensure_store(self._storage, known_id=catalogue.store_id)
-        highest = catalogue.highest
-        numbers = writers(self._storage) if self._shared else []
-        if numbers:
-            # At every save: of several that began at once each may have claimed a number, and the newest counts.
-            self._writer = numbers[-1]
-        elif self._writer is None:
-            above = highest.writer if highest else 0
-            self._writer = claim_writer(self._storage, self._record.store_id, above=above)
-        self._sequence = max(self._sequence, highest.seq if highest else 0)
-
-    def _check_fence(self) -> None:
-        if not self._shared and self._writer is not None:
-            check_fence(self._storage, self._writer)
 
     def _check_writable(self) -> None:
         if self._read_only:
@@ -184,7 +151,7 @@ class Store:
             NotFoundError: opened read-only, and there is no store.
             StorageError: the storage can't be read completely; never taken for "empty".
         """
-        catalogue = self._scan()
+        catalogue = self._finder.scan()
         warn_damaged(catalogue.damaged)
         return list(catalogue.checkpoints)
 
@@ -197,48 +164,7 @@ class Store:
             NotFoundError: no store, or no such checkpoint.
             FormatError: no selector, or an ambiguous one.
         """
-        return self._select(self._scan(), selector)
-
-    def _scan(self, *, afresh: bool = False) -> Catalogue:
-        record = self._identity()
-        catalogue = scan(self._storage, record.store_id if record else None, {} if afresh else self._fates)
-        if record is None and not catalogue.checkpoints and not catalogue.damaged and self._read_only:
-            self._require_store()
-        return catalogue
-
-    def _identity(self) -> StoreRecord | None:
-        """``store.json``, or None where it is missing or damaged: the commits carry the store's id too."""
-        if self._record is None:
-            try:
-                self._record = read_store(self._storage)
-            except NotFoundError:
-                return None
-            except IntegrityError as error:
-                warnings.warn(f"{error}; the checkpoints are read without it", DamageWarning, stacklevel=4)
-                return None
-        return self._record
-
-    def _require_store(self) -> None:
-        raise NotFoundError(f"there is no ckptstore at {self.url}: no store.json and no commits/. Check the path")
-
-    def _select(self, catalogue: Catalogue, selector: str) -> Checkpoint:
-        if not isinstance(selector, str):
-            raise FormatError(f"{selector!r} is no selector; use {SELECTORS}")
-        newest = catalogue.checkpoints[-1] if selector == "latest" and catalogue.checkpoints else None
-        warn_damaged(catalogue.damaged, newest)
-        plain = ":" not in selector and selector != "latest"
-        holds = read_holds(self._storage)[0] if plain else {}
-        try:
-            return select(catalogue.checkpoints, holds, selector, self.url)
-        except NotFoundError:
-            wanted = holds.get(selector, selector)
-            for damage in catalogue.damaged:
-                id = layout.try_id(damage.id or "")
-                if id and ((plain and str(id).startswith(wanted)) or selector == f"step:{id.step}"):
-                    raise as_error(damage) from None
-            if catalogue.damaged and not catalogue.checkpoints:
-                raise all_damaged(self.url, {d.key: d.problem for d in catalogue.damaged}) from None
-            raise
+        return self._finder.select(self._finder.scan(), selector)
 
     # -- loading -----------------------------------------------------------------------------------------
 
@@ -290,8 +216,8 @@ class Store:
         """
         if isinstance(only, str):
             raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
-        catalogue = self._scan()
-        first = self._select(catalogue, selector)
+        catalogue = self._finder.scan()
+        first = self._finder.select(catalogue, selector)
         skipped: dict[str, CheckpointError] = {}
         if selector == "latest":
             skipped |= {d.id: as_error(d) for d in catalogue.damaged if d.id and is_newer(d, first)}
@@ -344,10 +270,10 @@ class Store:
             raise FormatError(f"sample={sample!r} must be a number over 0 and at most 1 (1 = every block)")
         # Listed before the commits are: a save that ends in between is committed, not unfinished.
         entries = self._storage.list("") if selector is None else None
-        catalogue = self._scan(afresh=True)
-        if selector is None and self._identity() is None and catalogue.highest is None:
-            self._require_store()
-        chosen = [self._select(catalogue, selector)] if selector is not None else list(catalogue.checkpoints)
+        catalogue = self._finder.scan(afresh=True)
+        if selector is None and self._finder.store_record() is None and catalogue.highest is None:
+            self._finder.require_store()
+        chosen = [self._finder.select(catalogue, selector)] if selector is not None else list(catalogue.checkpoints)
         return verify(
             self._storage,
             catalogue,
@@ -367,7 +293,7 @@ class Store:
             NotFoundError: no such checkpoint.
         """
         self._check_writable()
-        checkpoint = self._select(self._scan(), selector)
+        checkpoint = self._finder.select(self._finder.scan(), selector)
         keep.bury(self._storage, checkpoint, reason)
         return checkpoint
 
@@ -378,15 +304,15 @@ class Store:
             NotFoundError: it is not in the trash, or was reclaimed already.
         """
         self._check_writable()
-        return keep.bring_back(self._storage, self._scan().buried, id)
+        return keep.bring_back(self._storage, self._finder.scan().buried, id)
 
     def catalogue(self) -> Catalogue:
         """All that the register says: existing, deleted, condemned and damaged, without warnings."""
-        return self._scan()
+        return self._finder.scan()
 
     def deleted(self) -> list[Checkpoint]:
         """Checkpoints in the trash that ``undelete`` can bring back, oldest first."""
-        return list(self._scan().buried)
+        return list(self._finder.scan().buried)
 
     def hold(self, selector: str, name: str) -> Checkpoint:
         """Pin a checkpoint under ``name``: it can't be deleted until ``release(name)``, and ``name`` selects it.
@@ -397,7 +323,7 @@ class Store:
         """
         self._check_writable()
         layout.check_hold_name(name)
-        checkpoint = self._select(self._scan(), selector)
+        checkpoint = self._finder.select(self._finder.scan(), selector)
         keep.hold(self._storage, checkpoint, name)
         return checkpoint
 
@@ -427,8 +353,8 @@ class Store:
         """
         self._check_writable()
         with self._saving:
-            own = self._writer if not self._shared else None
-            return prune(self._storage, self._scan(), grace_s=grace_s, own_writer=own)
+            own = self._claim.number if not self._shared else None
+            return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own)
 
 
 def open(

@@ -126,8 +126,8 @@ class _File:
             raw_digest = block_digest(digest)(raw)
             codec, stored = encode(raw, compression)
             writer, slot = self._place(storage, number, len(stored), fixed=compression.codec == "none")
-            writer.write(slot, memoryview(stored))
             stored_digest = None if codec == "none" else block_digest(digest)(stored)
+            writer.write(slot, memoryview(stored))
             raw.release()
         entry = BlockEntry(
             raw=length,

@@ -6,7 +6,6 @@ Small records (store, writer, commit, tombstone, hold) are indented for people a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format.codecs import CODECS
 from ckptstore.format.digest import sha256
+from ckptstore.format.jsontext import compact, indented, parse_json
 from ckptstore.format.layout import FORMAT, CheckpointId, check_file_name, parse_id
 from ckptstore.format.tensorfile import BLOCK_BYTES, TensorFile, TensorRow
 
@@ -272,8 +272,8 @@ def seal(record: Record) -> bytes:
         FormatError: it would be larger than 16 KiB.
     """
     fields = record.model_dump()
-    fields["self"] = sha256(_compact(fields))
-    data = _indented(fields)
+    fields["self"] = sha256(compact(fields))
+    data = indented(fields)
     if len(data) > SMALL_LIMIT:
         raise FormatError(
             f"this {type(record).__name__} would take {len(data)} bytes of {SMALL_LIMIT}: "
@@ -294,8 +294,8 @@ def unseal(data: bytes, key: str, kinds: Iterable[type[_R]]) -> _R:
         if not isinstance(fields, dict):
             raise FormatError(f"{key} holds no JSON object", key=key)
         seal_found = fields.pop("self", None)
-        actual = sha256(_compact(fields))
-        whole = seal_found == actual and _indented({**fields, "self": actual}) == data
+        actual = sha256(compact(fields))
+        whole = seal_found == actual and indented({**fields, "self": actual}) == data
     except (FormatError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{key} is damaged: {error}", key=key) from error
     if not whole:
@@ -315,7 +315,7 @@ def to_json(record: Record) -> bytes:
     if isinstance(record, PartRecord):
         # Apart, because in a user's state None is a value and must stay.
         fields["tree"] = record.tree
-    return _compact(fields)
+    return compact(fields)
 
 
 def parse(data: bytes, key: str, model: type[_R], *, limit: int) -> _R:
@@ -343,24 +343,6 @@ def validate(model: type[_R], fields: Any, key: str) -> _R:
         raise FormatError(f"{key} is malformed at {where or 'the top'}: {first['msg'][:300]}", key=key) from error
     except FormatError as error:
         raise FormatError(f"{key} is malformed: {error}", key=key) from error
-
-
-def parse_json(data: bytes, key: str, *, limit: int) -> Any:
-    """JSON without its traps: no duplicate keys, NaN, Infinity or trailing data, bounded size and depth.
-
-    Raises:
-        FormatError: anything of that.
-    """
-    if len(data) > limit:
-        raise FormatError(f"{key} has {len(data)} bytes, more than the {limit} allowed", key=key)
-    try:
-        return json.loads(
-            data.decode("ascii"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-        )
-    except RecursionError as error:
-        raise FormatError(f"{key} is nested too deeply", key=key) from error
-    except ValueError as error:
-        raise FormatError(f"{key} is no valid JSON: {error}", key=key) from error
 
 
 def metric(value: float) -> Metric:
@@ -397,29 +379,3 @@ def _id(text: str) -> CheckpointId:
         return parse_id(text)
     except FormatError as error:
         raise ValueError(str(error)) from error
-
-
-def _compact(fields: Any) -> bytes:
-    return json.dumps(fields, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _indented(fields: Any) -> bytes:
-    return json.dumps(fields, indent=1, allow_nan=False).encode("ascii") + b"\n"
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is larger than any number here")
-    return number

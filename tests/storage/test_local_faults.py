@@ -19,19 +19,6 @@ from ckptstore.storage import LocalStorage, ObjectWriter, Slot, local, posix
 from .contract import read_object, write_object
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def storage(root: Path) -> LocalStorage:
-    """With its folders made and synced, so that a test sees only what its own call does."""
-    storage = LocalStorage(root)
-    storage.create("commits/first", b"")
-    return storage
-
-
 class Fault:
     """``os.<name>`` fails, at the calls with these numbers (from 1), or at all."""
 

@@ -12,19 +12,6 @@ from ckptstore.storage import LocalStorage
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def storage(root: Path) -> LocalStorage:
-    """With its folders made and synced, so that a test sees only what its own call does."""
-    storage = LocalStorage(root)
-    storage.create("commits/first", b"")
-    return storage
-
-
-@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was asked of the system, in order; descriptors by the name of their file or folder."""
     made: list[str] = []

@@ -13,19 +13,6 @@ from ckptstore.errors import ExistsError, IntegrityError, StorageError
 from ckptstore.storage import LocalStorage
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def storage(root: Path) -> LocalStorage:
-    """With its folders made and synced, so that a test sees only what its own call does."""
-    storage = LocalStorage(root)
-    storage.create("commits/first", b"")
-    return storage
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
