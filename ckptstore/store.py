@@ -61,6 +61,7 @@ class Store:
         self._finder = Finder(storage, read_only=read_only)
         self._claim = Claim(storage, shared=shared)
         self._pid = os.getpid()
+        self._closed = False
 
     @property
     def url(self) -> str:
@@ -80,6 +81,7 @@ class Store:
 
     def close(self) -> None:
         """Release what the store holds open. Safe to call twice."""
+        self._closed = True
         self._storage.close()
 
     # -- saving ------------------------------------------------------------------------------------------
@@ -123,6 +125,8 @@ class Store:
 
     def _save_captured(self, captured: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
         with self._saving:
+            # Again: capturing takes time, in which another thread may have closed the store.
+            self._check_writable()
             try:
                 store, id = self._claim.next_id(facts.step, self._finder.scan)
             except StorageError as error:
@@ -134,6 +138,8 @@ class Store:
         return Checkpoint.of(record)
 
     def _check_writable(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self.url} was closed; open it again")
         if self._read_only:
             raise StorageError(f"{self.url} was opened read-only; open it without read_only=True to change it")
         if os.getpid() != self._pid:

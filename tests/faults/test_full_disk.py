@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -104,10 +105,13 @@ def _leave_free(root: Path, free_bytes: int) -> None:
     found = os.statvfs(root)
     length = found.f_bavail * found.f_bsize - free_bytes
     with (root / "filling").open("wb") as file:
-        while True:
+        while length > 0:
             try:
                 os.posix_fallocate(file.fileno(), 0, length)
-            except OSError:
+            except OSError as error:
+                # Part of the free blocks goes to the file's own tree.
+                if error.errno != errno.ENOSPC:
+                    raise
                 length -= 4096
             else:
                 return
