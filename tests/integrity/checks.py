@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from ckptstore.engine.catalogue import Damage
+from ckptstore.engine.damage import DamageWarning, FallbackWarning
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.maintenance.verify import VerifyReport
-from ckptstore.store import DamageWarning, FallbackWarning, Store
+from ckptstore.store import Store
 from tests.integrity.stores import GOOD, Pair, flat, opened, read, silence
 
 REFUSALS = (IntegrityError, FormatError)

@@ -10,9 +10,9 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
+from ckptstore.engine.damage import DamageWarning
 from ckptstore.errors import IntegrityError, NoCheckpointError, NotFoundError
 from ckptstore.format.tensorfile import BLOCK_BYTES
-from ckptstore.store import DamageWarning
 from tests.integrity.checks import detected, error_of, falls_back, gone, intact, refuses, reports, verified
 from tests.integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
 

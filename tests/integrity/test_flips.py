@@ -14,11 +14,12 @@ import pytest
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Damage
+from ckptstore.engine.damage import DamageWarning
 from ckptstore.engine.reader import BlockTask, Contents, check_blocks, open_file
 from ckptstore.errors import CheckpointError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.storage.memory import StoredObject
-from ckptstore.store import DamageWarning, Store
+from ckptstore.store import Store
 from tests.integrity.checks import detected, falls_back, intact, refuses, reports, verified
 from tests.integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
 

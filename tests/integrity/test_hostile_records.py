@@ -8,8 +8,8 @@ from uuid import uuid4
 
 import pytest
 
+from ckptstore.engine.damage import DamageWarning
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError
-from ckptstore.store import DamageWarning
 from tests.integrity.checks import REFUSALS, error_of, falls_back, refuses, verified
 from tests.integrity.forging import forged_text, refused, refuses_to_load, restore, set_at
 from tests.integrity.stores import (
