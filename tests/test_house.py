@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,16 @@ def test_looking_needs_no_torch() -> None:
         "assert store.checkpoints() == [] and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_saving_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    """Where torch is missing, saving and loading name it and the way out."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here')")
+    code = "import ckptstore; ckptstore.open('memory://house').save({}, step=1)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'ckptstore[torch]'" in done.stderr
 
 
 def test_every_module_imports() -> None:

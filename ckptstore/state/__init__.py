@@ -1,5 +1,14 @@
 """Live objects ↔ tensors and JSON, without pickle. torch lives here."""
 
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "saving and loading need torch: pip install 'ckptstore[torch]', or any torch from 2.6 on. "
+        "Listing, showing and verifying checkpoints do without",
+        name="torch",
+    ) from error
+
 from ckptstore.state.capture import Snapshot, capture
 from ckptstore.state.registry import register_type
 from ckptstore.state.report import LoadReport
