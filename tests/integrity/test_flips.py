@@ -23,6 +23,8 @@ from ckptstore.store import Store
 from tests.integrity.checks import detected, falls_back, intact, refuses, reports, verified
 from tests.integrity.stores import GOOD, NEW, FolderRaw, MemoryRaw, Pair, flat, opened, pair, read, save, silence, state
 
+ALL_DAMAGED = r"every checkpoint is damaged \(2 in all\)"
+
 EVERY = 4
 """Each so-many-th bit gets the whole examination in the sampled run, the others the one that is quick."""
 
@@ -226,10 +228,10 @@ def test_all_checkpoints_damaged_is_no_empty_store(memory_pair: Pair) -> None:
     for id in (p.good.id, p.bad.id):
         key = f"checkpoints/{id}/model.safetensors"
         p.raw.put(key, flipped(p.raw.get(key), 8000))
-    with opened(p.raw.url) as store, silence(), pytest.raises(IntegrityError, match=r"every checkpoint is damaged \(2 in all\)") as caught:
+    with opened(p.raw.url) as store, silence(), pytest.raises(IntegrityError, match=ALL_DAMAGED) as caught:
         store.load("latest")
     assert p.good.id in str(caught.value)
     for id in (p.good.id, p.bad.id):
         p.raw.put(f"commits/{id}.json", b"torn")
-    with opened(p.raw.url) as store, silence(), pytest.raises(IntegrityError, match=r"every checkpoint is damaged \(2 in all\)"):
+    with opened(p.raw.url) as store, silence(), pytest.raises(IntegrityError, match=ALL_DAMAGED):
         store.load("latest")
