@@ -111,6 +111,14 @@ def test_files_and_functions_are_small(path: Path) -> None:
             assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
 
 
+def test_interrupted_creations_have_one_name() -> None:
+    """The storage and the format, which don't know each other, mean the same prefix."""
+    from ckptstore.format import layout
+    from ckptstore.storage import local
+
+    assert local.TEMPORARY == layout.TEMPORARY
+
+
 def test_public_names() -> None:
     """The public names are these, each importable from the top and documented."""
     expected = """RNG Checkpoint CheckpointError CommitUnknownError Damage DamageWarning ExistsError FallbackWarning

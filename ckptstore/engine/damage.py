@@ -26,14 +26,17 @@ def warn_damaged(damaged: Iterable[Damage], latest: Checkpoint | None = None) ->
 
 
 def is_newer(damage: Damage, checkpoint: Checkpoint) -> bool:
+    """Whether what is damaged would stand after ``checkpoint``."""
     id = layout.try_id(damage.id or "")
     return id is not None and id > checkpoint.order
 
 
 def as_error(damage: Damage) -> IntegrityError:
+    """The error to raise where just this one was asked for."""
     return IntegrityError(damage.problem, id=damage.id, key=damage.key)
 
 
 def all_damaged(url: str, problems: Mapping[str, str]) -> IntegrityError:
+    """The error where nothing good is left: never to be taken for an empty store."""
     listed = "; ".join(problems.values())
     return IntegrityError(f"{url}: every checkpoint is damaged ({len(problems)} in all): {listed[:2000]}")

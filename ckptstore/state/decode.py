@@ -25,7 +25,7 @@ from ckptstore.state.encode import FACTORIES, MAX_DEPTH, is_key_node, join, key_
 from ckptstore.state.registry import Registration, is_namedtuple, registered_name
 from ckptstore.state.select import ABSENT
 from ckptstore.state.tensors import Destination, TensorSpec, tensor_shape
-from ckptstore.state.values import TAG, VALUE_DECODERS
+from ckptstore.state.values import DICT_KINDS, TAG, VALUE_DECODERS
 
 Maker = Callable[[], Any]
 
@@ -353,7 +353,6 @@ def _light_tuple(name: str, fields: tuple[str, ...]) -> type:
     return type(name, (tuple,), {**content, "__slots__": (), "_fields": fields})
 
 
-DICT_KINDS = ("dict", "ordered_dict", "default_dict", "counter")
 _Handler = Callable[[Decoder, dict[str, Any], str, int], Maker]
 _HANDLERS: dict[str, _Handler] = {
     "tensor": Decoder._tensor,

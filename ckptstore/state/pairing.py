@@ -14,7 +14,7 @@ import torch
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.state import modules, optimizer, rng
-from ckptstore.state.decode import DICT_KINDS, Decoder, Maker, array_of, build_dataclass
+from ckptstore.state.decode import Decoder, Maker, array_of, build_dataclass
 from ckptstore.state.encode import MAX_DEPTH, join, key_text
 from ckptstore.state.inplace import (
     GENERATOR_KINDS,
@@ -36,7 +36,7 @@ from ckptstore.state.registry import is_namedtuple, registered_class, type_name
 from ckptstore.state.report import LoadReport
 from ckptstore.state.select import ABSENT, Selection
 from ckptstore.state.tensors import Destination, TensorSpec
-from ckptstore.state.values import TAG
+from ckptstore.state.values import DICT_KINDS, TAG
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.Tensor))

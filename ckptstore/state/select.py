@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.state.encode import join, key_text
-from ckptstore.state.values import TAG
+from ckptstore.state.values import DICT_KINDS, TAG
 
 
 class _Absent:
@@ -17,7 +17,6 @@ class _Absent:
 
 
 ABSENT: Final = _Absent()
-_DICTS = ("dict", "ordered_dict", "default_dict", "counter")
 _MAX_DEPTH = 500
 
 
@@ -86,7 +85,7 @@ class Selection:
         if kind == "tensor":
             name = node.get("name")
             return node if isinstance(name, str) and self.matches(name) else ABSENT
-        if kind in _DICTS and isinstance(node.get("items"), list):
+        if kind in DICT_KINDS and isinstance(node.get("items"), list):
             return self._with(node, "items", self._pairs(node["items"], path, depth))
         if kind == "tuple":
             return self._with(node, "items", self._prune(node.get("items"), path, depth + 1))

@@ -23,6 +23,9 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 TAG = "$"
 """The key that marks a tagged node; a dict that has it itself is stored as a list of items."""
 
+DICT_KINDS = ("dict", "ordered_dict", "default_dict", "counter")
+"""Kinds of nodes that hold pairs of key and value."""
+
 EXACT_INT = 2**53
 """Smaller integers mean the same to every JSON reader; others are stored as hexadecimal text."""
 
