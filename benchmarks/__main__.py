@@ -1,48 +1,68 @@
-"""Run the benchmarks in a folder (by default ./runs/bench), print them, and keep them as JSON.
+"""Run the benchmarks in a folder (by default ./runs/bench), print the tables, and keep what was measured as JSON.
 
-    python -m benchmarks [gpt2] [many] [listing] [--folder F] [--rounds N] [--readme]
+    python -m benchmarks [NAME ...] [--folder F] [--rounds N] [--max-gb N] [--results FILE] [--readme]
 
-With --readme the table in README.md is written anew from what was measured.
+What is measured takes the place of the last run of the same name; the other results stay. With --readme the tables in
+README.md and the drawings are made anew from all results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import listing, tensors
+from benchmarks import blocked, frozen, growth, listing, memory, results, tensors, training, verify
 from benchmarks.table import markdown, write_readme
+from ckptstore.tools.throughput import scratch
 
-HERE = Path(__file__).parent
+FEW_ROUNDS = {"memory": 3, "growth": 3}
+"""At most: these take minutes a round, and repeat themselves closely."""
+
+Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
+"""Called with the folder, the rounds, and the command line."""
 
 
-def throughput(state: Callable[[], Any], rivals: tuple[str, ...]) -> Callable[[str, int], dict[str, Any]]:
+def throughput(state: Callable[[], Any], rivals: tuple[str, ...]) -> Benchmark:
     """A benchmark that saves and loads ``state()`` with each rival in turn."""
 
-    def run(folder: str, rounds: int) -> dict[str, Any]:
+    def run(folder: str, rounds: int, asked: argparse.Namespace) -> dict[str, Any]:
         from ckptstore.tools.throughput import measure_state
 
-        results = measure_state(folder, state(), rounds, rivals, progress=_tell)
-        return {r.subject: {"bytes": r.size_bytes, "save_s": r.save_s, "load_s": r.load_s} for r in results}
+        found = measure_state(folder, state(), rounds, rivals, progress=_tell)
+        return {r.subject: {"bytes": r.size_bytes, "save_s": r.save_s, "load_s": r.load_s} for r in found}
 
     return run
 
 
-BENCHMARKS: dict[str, Callable[[str, int], dict[str, Any]]] = {
-    "gpt2": throughput(tensors.gpt2_adamw, ("raw", "ckptstore", "torch", "safetensors", "dcp")),
-    "many": throughput(tensors.many, ("ckptstore", "torch", "safetensors")),
-    "listing": lambda folder, rounds: listing.measure(folder, rounds=rounds),
-}
+def growing(folder: str, rounds: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """``growth`` up to the size that was asked for."""
+    sizes = [size for size in growth.SIZES_BYTES if size <= asked.max_gb * 1e9]
+    return growth.measure(folder, rounds, sizes_bytes=sizes, tell=_tell)
+
+
+def alone(measure: Callable[..., dict[str, Any]], **options: Any) -> Benchmark:
+    """A benchmark that the command line has nothing to say about."""
+    return lambda folder, rounds, asked: measure(folder, rounds=rounds, **options)
 
 
 def _tell(what: str, done: int, total: int) -> None:
     print(f"  {done + 1}/{total} {what}", file=sys.stderr)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "gpt2": throughput(tensors.gpt2_adamw, ("raw", "ckptstore", "torch", "safetensors", "dcp")),
+    "many": throughput(tensors.many, ("ckptstore", "torch", "safetensors")),
+    "listing": alone(listing.measure),
+    "blocked": alone(blocked.measure, tell=_tell),
+    "training": alone(training.measure, tell=_tell),
+    "memory": alone(memory.measure, tell=_tell),
+    "frozen": alone(frozen.measure, tell=_tell),
+    "verify": alone(verify.measure, tell=_tell),
+    "growth": growing,
+}
 
 
 def main() -> None:
@@ -51,18 +71,24 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; all where none is named")
     parser.add_argument("--folder", default="runs/bench", help="on the storage that shall be measured")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--readme", action="store_true", help="write the table in README.md")
+    parser.add_argument("--max-gb", type=float, default=10, help="the largest state of 'growth'")
+    parser.add_argument("--results", type=Path, default=results.PATH, help="where what was measured is kept")
+    parser.add_argument("--readme", action="store_true", help="write the tables in README.md, and the drawings")
     asked = parser.parse_args()
     Path(asked.folder).mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"cores": os.cpu_count(), "machine": platform.machine(), "rounds": asked.rounds}
+    found = results.read(asked.results)
     for name in asked.names or BENCHMARKS:
         print(name, file=sys.stderr)
-        results[name] = BENCHMARKS[name](asked.folder, asked.rounds)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
-    print(table)
+        rounds = min(asked.rounds, FEW_ROUNDS.get(name, asked.rounds))
+        with scratch(asked.folder) as place:
+            measured = BENCHMARKS[name](place, rounds, asked)
+        found = results.merge(name, measured, rounds, asked.results)
+    print(markdown(found))
     if asked.readme:
-        write_readme(table)
+        from benchmarks.plots import draw
+
+        draw(found)
+        write_readme(markdown(found))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The README's table of speed, made from the measured seconds."""
+"""The README's tables of speed, made from what was measured."""
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from benchmarks import figures
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {
@@ -21,13 +24,22 @@ TITLES = {
 }
 
 
+DRAWINGS = {
+    "training": "Seconds of each training step after a save began",
+    "growth": "Seconds of a save and a load by bytes and by tensors",
+}
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """Tables with medians, the range over the rounds, and ratios of medians."""
+    """Tables with medians, the range over the rounds, and ratios round by round."""
+    rounds = _rounds(list(results["rounds"].values()))
     parts = [
-        f"Measured side by side in one run on {results['cores']} {results['machine']} cores: durable save and load "
-        f"with a cold page cache, seconds as median (min to max) of {results['rounds']} interleaved rounds."
+        f"Measured side by side on {results['cores']} {results['machine']} cores: medians (min to max) of {rounds} "
+        "interleaved rounds. Saves are durable, loads begin with a cold page cache."
     ]
     parts += [_throughput(TITLES[name], results[name]) for name in TITLES if name in results]
+    parts += [table] if (table := figures.markdown(results)) else []
+    parts += [f"![{text}](benchmarks/{name}.svg)" for name, text in DRAWINGS.items() if name in results]
     if "listing" in results:
         found = results["listing"]
         parts.append(f"Listing {found['checkpoints']:,} checkpoints: {found['median_s']:.2f} s.")
@@ -39,6 +51,11 @@ def write_readme(table: str) -> None:
     text = README.read_text()
     marks = r"(<!-- speed[^>]*-->\n).*?(<!-- end of speed -->)"
     README.write_text(re.sub(marks, lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL))
+
+
+def _rounds(counts: Collection[int]) -> str:
+    few, many = min(counts), max(counts)
+    return f"{many}" if few == many else f"{few} to {many}"
 
 
 def _throughput(title: str, measured: dict[str, Any]) -> str:

@@ -1,0 +1,65 @@
+"""How long a save keeps training from going on, where nothing else wants the cores or the disk."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.rounds import Tell, timed, turns
+from benchmarks.savers import Saver, installed, savers
+from benchmarks.stepclock import StepClock
+from benchmarks.workload import GPT2, Size, Workload
+
+SAVERS = (
+    "copy",
+    "ckptstore_overlapped",
+    "ckptstore_async",
+    "dcp",
+    "dcp_overlapped",
+    "dcp_process",
+    "torch",
+    "torchsnapshot",
+)
+
+
+def measure(
+    folder: str, rounds: int, *, size: Size = GPT2, names: tuple[str, ...] = SAVERS, tell: Tell | None = None
+) -> dict[str, Any]:
+    """Seconds of each round, by saver.
+
+    * ``call_s``: until the call returns;
+    * ``read_s``: until the state is read, counted from the call. A step that comes earlier waits for the rest;
+    * ``fence_s``: what ``optimizer.step()`` and what must be done before it still wait for after that;
+    * ``total_s``: until the save is durable, counted from the call, a step in between included;
+    * ``reported_s``: call and fence as the library itself counts them, where it does.
+    """
+    workload = Workload(size)
+    names = installed(names)
+    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
+    with savers(folder, workload, names) as made, StepClock(workload.optimizer) as clock:
+        for name in turns(names, rounds, tell):
+            found[name].append(_once(made[name], workload, clock))
+    columns = ("call_s", "read_s", "fence_s", "total_s", "reported_s")
+    times = {name: {key: [row[key] for row in rows] for key in columns} for name, rows in found.items()}
+    return {"bytes": workload.bytes, "savers": times}
+
+
+def _once(saver: Saver, workload: Workload, clock: StepClock) -> dict[str, float | None]:
+    begin = time.perf_counter()
+    saver.save()
+    call_s = time.perf_counter() - begin
+    saver.read()
+    read_s = time.perf_counter() - begin
+    by_hand_s = timed(saver.before_step)
+    workload.optimizer.step()
+    saver.wait()
+    total_s = time.perf_counter() - begin
+    reported_s = saver.reported_s()
+    saver.tidy()
+    return {
+        "call_s": call_s,
+        "read_s": read_s,
+        "fence_s": by_hand_s + clock.seconds,
+        "total_s": total_s,
+        "reported_s": reported_s,
+    }

@@ -1,0 +1,132 @@
+"""The README's second table: saving beside training, memory, frozen weights, verifying, growth."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import cells, training
+from benchmarks.cells import row
+
+HEAD = "| what | **ckptstore** | others | ckptstore / other | the machine's limit |\n|---|---|---|---|---|"
+NAMES = {
+    "dcp": "`dcp.async_save`",
+    "dcp_overlapped": "`dcp.async_save`, staged in a thread, waited for by hand",
+    "dcp_process": "the same, written by a process",
+    "torch": "`torch.save` + fsync",
+    "torchsnapshot": "torchsnapshot, not synced",
+    "safetensors": "safetensors + fsync",
+}
+FROZEN = NAMES | {"dcp": "`dcp.save`"}
+_IN_PLACE = ("dcp_overlapped", "dcp_process", "torch")
+_BY_COPY = ("dcp", "torchsnapshot", "torch")
+
+Measured = Mapping[str, Any]
+
+
+def markdown(results: Measured) -> str:
+    """The table of what ``results`` has; empty if that is nothing."""
+    makers = {
+        "blocked": _blocked,
+        "training": _training,
+        "memory": _memory,
+        "frozen": _frozen,
+        "verify": _verify,
+        "growth": _growth,
+    }
+    rows = [line for name, make in makers.items() if name in results for line in make(results[name])]
+    return "\n".join([HEAD, *rows]) if rows else ""
+
+
+def _blocked(measured: Measured) -> Iterator[str]:
+    savers = measured["savers"]
+    waits = {name: _sum(times["call_s"], times["fence_s"]) for name, times in savers.items()}
+    copy = f"one copy in memory: {cells.seconds(waits['copy'])}"
+    pick = {"overlapped": _IN_PLACE, "async": _BY_COPY}
+    for mode, rivals in pick.items():
+        ours = waits[f"ckptstore_{mode}"]
+        limit = copy if mode == "async" else ""
+        yield row(f"a save keeps training waiting, `{mode}`", ours, _named(waits, rivals), cells.seconds, limit=limit)
+
+
+def _training(measured: Measured) -> Iterator[str]:
+    savers = [name for name in measured["savers"] if name != "none"]
+    usual = training.median_step_s(measured)
+    added = {name: training.added_s(measured, name) for name in savers}
+    cores = {name: training.added_s(measured, name, "cpu_s") for name in savers}
+    slow = {name: [_p99(training.steps_during_saves_s(measured, name)) / usual] for name in savers}
+    for mode, rivals in (("overlapped", ("dcp", *_IN_PLACE)), ("async", ("dcp", "torch"))):
+        ours = f"ckptstore_{mode}"
+        what = f"a save adds to training with steps of {usual:.1f} s, `{mode}`"
+        yield row(what, added[ours], _named(added, rivals), cells.seconds)
+        what = f"the longest 1 % of the steps during a save, in usual steps, `{mode}`"
+        yield row(what, slow[ours], _named(slow, rivals), cells.times)
+    what = "core-seconds that a save adds, `overlapped`"
+    # A process of its own is not seen by this clock.
+    yield row(what, cores["ckptstore_overlapped"], _named(cores, ("dcp", "dcp_overlapped", "torch")), cells.seconds)
+
+
+def _memory(measured: Measured) -> Iterator[str]:
+    peaks = {name: bytes["peak_bytes"] for name, bytes in measured["savers"].items()}
+    limit = f"the state: {measured['bytes'] / 1e6:.0f} MB"
+    for mode, rivals in (("overlapped", ("dcp_overlapped", "torch")), ("async", ("dcp",))):
+        ours = peaks[f"ckptstore_{mode}"]
+        yield row(f"peak memory that a save adds, `{mode}`", ours, _named(peaks, rivals), cells.megabytes, limit=limit)
+
+
+def _frozen(measured: Measured) -> Iterator[str]:
+    savers = measured["savers"]
+    share = measured["changing_bytes"] / measured["bytes"]
+    ours = savers["ckptstore"]
+    rivals = [name for name in savers if name != "ckptstore"]
+    written = {name: times["later_bytes"] for name, times in savers.items()}
+    later = {name: times["later_s"] for name, times in savers.items()}
+    what = f"{1 - share:.0%} frozen (LoRA): a later checkpoint takes"
+    names = {FROZEN[name]: written[name] for name in rivals}
+    note = f", {cells.ratio(written['ckptstore'], ours['first_bytes']):.1%} of the first"
+    limit = f"what changed: {measured['changing_bytes'] / 1e6:.1f} MB"
+    yield row(what, written["ckptstore"], names, cells.megabytes, limit=limit, note=note)
+    names = {FROZEN[name]: later[name] for name in rivals}
+    note = f", {cells.ratio(later['ckptstore'], ours['first_s']):.0%} of the first"
+    yield row("the same: seconds", later["ckptstore"], names, cells.seconds, note=note)
+
+
+def _verify(measured: Measured) -> Iterator[str]:
+    ours, raw = ([measured["bytes"] / s for s in measured[key]] for key in ("verify_s", "raw_s"))
+    limit = f"plain direct reads: {cells.gigabytes_s(raw)}; verify is {cells.ratio(ours, raw):.2f} x as fast"
+    yield row("`store.verify()`, cold", ours, {}, cells.gigabytes_s, limit=limit)
+
+
+def _growth(measured: Measured) -> Iterator[str]:
+    for key, unit in (("by_bytes", "bytes"), ("by_tensors", "tensors")):
+        # The first point of tensors is so small that the fixed cost of a save is all there is.
+        first, last = measured[key][0], measured[key][-1]
+        factor = last[unit] / first[unit]
+        for verb in ("save", "load"):
+            grown = {name: _grown(first, last, name, f"{verb}_s") for name in first["savers"]}
+            rivals = {NAMES[name]: values for name, values in grown.items() if name != "ckptstore" and values}
+            yield row(f"{factor:,.0f} x the {unit}: a {verb} takes", grown["ckptstore"], rivals, cells.times)
+
+
+def _grown(first: Measured, last: Measured, name: str, key: str) -> list[float]:
+    medians = [statistics.median(point["savers"][name][key] or [math.nan]) for point in (first, last)]
+    return [] if math.isnan(medians[1]) else [medians[1] / medians[0]]
+
+
+def _named(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, Sequence[float]]:
+    return {NAMES[name]: values[name] for name in names if name in values}
+
+
+def _sum(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def _p99(values: Sequence[float]) -> float:
+    """With fewer than a hundred, between the two largest."""
+    ordered = sorted(values)
+    place = 0.99 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

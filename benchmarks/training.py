@@ -1,0 +1,90 @@
+"""What a save adds to a training loop: GPT-2 on the CPU, blocks of steps with one save each and without."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from benchmarks.rounds import Tell, timed, turns
+from benchmarks.savers import Saver, savers
+from benchmarks.stepclock import StepClock
+from benchmarks.workload import GPT2, Size, Workload
+
+SAVERS = ("none", "ckptstore_overlapped", "ckptstore_async", "dcp", "dcp_overlapped", "dcp_process", "torch")
+_WARM_UP_STEPS = 3
+
+
+def measure(
+    folder: str,
+    rounds: int,
+    *,
+    size: Size = GPT2,
+    steps: int = 5,
+    names: tuple[str, ...] = SAVERS,
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """For each round by saver, of a block of ``steps`` steps that begins with a save:
+
+    * ``block_s``, ``cpu_s``: its seconds, and the core-seconds of this process in it;
+    * ``step_s``: the seconds of each of its steps, what the save blocks included;
+    * ``busy``: how many of them passed while the save went on; the later ones are training alone again;
+    * ``fence_s``: what the optimizer's hooks, and what must be done by hand before the step, took in the first step;
+    * ``late_s``: how long the save went on after the block. It belongs to the cost where it isn't about 0: take more
+      steps.
+    """
+    workload = Workload(size)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with savers(folder, workload, names) as made, StepClock(workload.optimizer) as clock:
+        _block(made[names[0]], workload, clock, _WARM_UP_STEPS, save=False)
+        for name in turns(names, rounds, tell):
+            found[name].append(_block(made[name], workload, clock, steps))
+    times = {name: {key: [row[key] for row in rows] for key in rows[0]} for name, rows in found.items()}
+    return {"bytes": workload.bytes, "steps": steps, "savers": times}
+
+
+def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, save: bool = True) -> dict[str, Any]:
+    step_s: list[float] = []
+    fence_s: list[float] = []
+    busy = 0
+    cpu = time.process_time()
+    begin = last = time.perf_counter()
+    if save:
+        saver.save()
+    for _ in range(steps):
+        busy += saver.busy() or not step_s
+        workload.forward_backward()
+        by_hand_s = timed(saver.before_step)
+        workload.optimizer.step()
+        fence_s.append(by_hand_s + clock.seconds)
+        now = time.perf_counter()
+        step_s.append(now - last)
+        last = now
+    cpu_s = time.process_time() - cpu
+    late_s = timed(saver.wait)
+    saver.tidy()
+    return {
+        "block_s": last - begin,
+        "cpu_s": cpu_s,
+        "step_s": step_s,
+        "busy": busy,
+        "fence_s": fence_s[0],
+        "late_s": late_s,
+    }
+
+
+def added_s(measured: dict[str, Any], name: str, key: str = "block_s") -> list[float]:
+    """What one save of ``name`` adds to ``key`` in each round: more than the median of the blocks without a save."""
+    without = statistics.median(measured["savers"]["none"][key])
+    return [seconds - without for seconds in measured["savers"][name][key]]
+
+
+def steps_during_saves_s(measured: dict[str, Any], name: str) -> list[float]:
+    """Seconds of all steps in which a save went on."""
+    times = measured["savers"][name]
+    return [second for row, busy in zip(times["step_s"], times["busy"], strict=True) for second in row[:busy]]
+
+
+def median_step_s(measured: dict[str, Any]) -> float:
+    """Of all steps of the blocks without a save."""
+    return statistics.median([second for row in measured["savers"]["none"]["step_s"] for second in row])

@@ -1,0 +1,140 @@
+"""Every benchmark runs, at a size that measures nothing, and its figures fill a table and a drawing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckptstore as cs
+from benchmarks import blocked, frozen, growth, listing, memory, results, savers, training, verify
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.rounds import timed
+from benchmarks.stepclock import StepClock
+from benchmarks.table import DRAWINGS, markdown
+from benchmarks.workload import GPT2, TINY, Workload, adapt, gpt
+from ckptstore.tools.throughput import measure as throughput
+
+Measure = Callable[[str], dict[str, Any]]
+
+needs_background = pytest.mark.skipif(not hasattr(cs, "fence"), reason="saves in the background are not there yet")
+
+
+def quick(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the process that DCP writes from, which takes seconds to start."""
+    return tuple(name for name in names if name != "dcp_process")
+
+
+def throughputs(folder: str) -> dict[str, Any]:
+    found = throughput(folder, 1 << 20, 1)
+    return {r.subject: {"bytes": r.size_bytes, "save_s": r.save_s, "load_s": r.load_s} for r in found}
+
+
+SMALL: dict[str, Measure] = {
+    "gpt2": throughputs,
+    "many": throughputs,
+    "listing": lambda folder: listing.measure(folder, checkpoints=10, rounds=1),
+    "blocked": lambda folder: blocked.measure(folder, 1, size=TINY, names=quick(blocked.SAVERS)),
+    "training": lambda folder: training.measure(folder, 1, size=TINY, steps=2, names=quick(training.SAVERS)),
+    "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped", "ckptstore_async")),
+    "frozen": lambda folder: frozen.measure(folder, 1, size=TINY),
+    "verify": lambda folder: verify.measure(folder, 1, size=TINY),
+    "growth": lambda folder: growth.measure(folder, 1, sizes_bytes=(2 << 20, 4 << 20), counts=(10, 20)),
+}
+PARAMETERS = [
+    pytest.param(name, marks=needs_background if name in {"blocked", "training", "memory"} else ()) for name in SMALL
+]
+
+
+def test_none_is_left_out() -> None:
+    """Each benchmark has a small one here."""
+    assert set(SMALL) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_measures_and_makes_a_table(name: str, tmp_path: Path) -> None:
+    """What a benchmark finds can be kept as JSON, and the table has a line of it."""
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    path = tmp_path / "results.json"
+    found = results.merge(name, SMALL[name](str(folder)), 1, path)
+    assert results.read(path) == found
+    lines = markdown(found).splitlines()
+    assert len(lines) > 2
+    assert not any("nan" in line or "inf" in line.split("|")[-3:] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(p.values[0], marks=p.marks) for p in PARAMETERS if p.values[0] in DRAWINGS]
+)
+def test_draws(name: str, tmp_path: Path) -> None:
+    """Its drawing is an SVG whose text names the rivals."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw
+
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    [path] = draw({name: SMALL[name](str(folder))}, tmp_path)
+    text = path.read_text()
+    assert "<svg" in text
+    assert "torch.save" in text
+
+
+@needs_background
+def test_all_savers_of_a_missing_package_are_left_out() -> None:
+    """torchsnapshot is measured where it is installed."""
+    pytest.importorskip("torchsnapshot")
+    assert savers.installed(("torchsnapshot", "torch")) == ("torchsnapshot", "torch")
+
+
+def test_committed_results_make_a_table() -> None:
+    """results.json in the repository fills the README's tables."""
+    committed = json.loads(results.PATH.read_text())
+    text = markdown(committed)
+    assert all(f"benchmarks/{name}.svg" in text for name in DRAWINGS if name in committed)
+
+
+def test_one_run_leaves_the_results_of_others(tmp_path: Path) -> None:
+    """Only the benchmark that ran is replaced; the results of another machine are not kept beside it."""
+    path = tmp_path / "results.json"
+    results.merge("blocked", {"savers": {}}, 7, path)
+    merged = results.merge("verify", {"bytes": 1, "verify_s": [0.12345678]}, 3, path)
+    assert merged["rounds"] == {"blocked": 7, "verify": 3}
+    assert merged["blocked"] == {"savers": {}}
+    assert merged["verify"]["verify_s"] == [0.123457]
+    path.write_text(json.dumps(merged | {"cores": -1}))
+    assert "blocked" not in results.merge("verify", {}, 3, path)
+
+
+def test_workload_is_gpt2() -> None:
+    """124M parameters in 148 tensors."""
+    with torch.device("meta"):
+        parameters = list(gpt(GPT2).parameters())
+    assert (len(parameters), sum(p.numel() for p in parameters)) == (148, 124_439_808)
+
+
+def test_adapters_are_a_hundredth() -> None:
+    """What an optimizer changes of GPT-2 with adapters is 1 % of the bytes."""
+    with torch.device("meta"):
+        model = gpt(GPT2)
+        adapt(model, frozen.RANK)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert 0.009 < 3 * trained / (sum(p.nbytes for p in model.parameters()) + 2 * trained) < 0.012
+
+
+def test_the_clock_times_hooks() -> None:
+    """What an optimizer's earlier hooks take is at most what the clock says, and it leaves no hook behind."""
+    workload = Workload(TINY)
+    spent: list[float] = []
+    workload.optimizer.register_step_pre_hook(lambda *_: spent.append(timed(lambda: time.sleep(0.01))))
+    with StepClock(workload.optimizer) as clock:
+        workload.optimizer.step()
+        assert clock.seconds >= spent[0]
+    clock.seconds = 0
+    workload.optimizer.step()
+    assert clock.seconds == 0
