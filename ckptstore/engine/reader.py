@@ -272,7 +272,7 @@ def _read_twice(contents: Contents, task: BlockTask, entry: BlockEntry, buffer: 
 
 def _decode(contents: Contents, task: BlockTask, stored: memoryview, raw: memoryview) -> None:
     try:
-        decode(task.file.entry.blocks[task.number].codec, stored, raw)
+        decode(task.file.entry.blocks[task.number].codec, stored, raw, task.file.stream.segments(task.number))
     except FormatError as error:
         key = task.file.key
         raise FormatError(f"block {task.number} of {key}: {error}", id=contents.commit.id, key=key) from error

@@ -7,6 +7,7 @@ never writes more than the block's raw length.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,11 +15,13 @@ from typing import TypeAlias
 import zstandard
 
 from ckptstore.errors import FormatError
+from ckptstore.format import floatzstd
+from ckptstore.format.floatzstd import PIECE_BYTES, Segments
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _ZSTD_LEVELS = range(-7, 20)
-_SETTING = re.compile(r"(none|zstd)(?::(-?\d{1,2}))?", re.ASCII)
+_SETTING = re.compile(r"(none|auto|zstd|float-zstd)(?::(-?\d{1,2}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +33,40 @@ class Compression:
 
 
 def parse_compression(text: str) -> Compression:
-    """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 to 19; 1 where not given).
+    """``"none"``, ``"auto"``, ``"zstd"`` or ``"float-zstd"``; the latter two also with ``":LEVEL"``, -7 to 19, else 1.
 
     Raises:
         FormatError: anything else.
     """
     match = _SETTING.fullmatch(text)
     level = int(match[2]) if match and match[2] else 1
-    if not match or level not in _ZSTD_LEVELS or (match[1] == "none" and match[2]):
+    if not match or level not in _ZSTD_LEVELS or (match[2] and not match[1].endswith("zstd")):
         raise FormatError(
-            f"compression={text!r} is unknown; use 'none', 'zstd' or 'zstd:LEVEL' with a level of -7 to 19"
+            f"compression={text!r} is unknown; use 'none', 'auto', 'zstd', 'float-zstd', "
+            "'zstd:LEVEL' or 'float-zstd:LEVEL' with a level of -7 to 19"
         )
     return Compression(match[1], level)
 
 
-def encode(raw: Buffer, compression: Compression) -> tuple[str, Buffer]:
-    """The codec used and the bytes to store; ``("none", raw)`` where encoding would not make it smaller."""
+def encode(raw: Buffer, compression: Compression, segments: Segments) -> tuple[str, Buffer]:
+    """The codec used and the bytes to store; ``("none", raw)`` where encoding would not make it smaller.
+
+    Args:
+        compression: not ``"auto"``, which the caller has made up its mind about.
+        segments: dtype and length in bytes of what stands in ``raw``, as ``TensorFile.segments`` gives them.
+    """
+    stored: Buffer | None = None
     if compression.codec == "zstd":
         stored = zstandard.ZstdCompressor(level=compression.level).compress(raw)
-        if len(stored) < len(raw):
-            return "zstd", stored
+    elif compression.codec == "float-zstd":
+        compressors = _compressors.of(compression.level)
+        stored = floatzstd.encode(raw, segments, [compressors[0].compress, compressors[1].compress])
+    if stored is not None and len(stored) < len(raw):
+        return compression.codec, stored
     return "none", raw
 
 
-def decode(codec: str, stored: memoryview, raw: memoryview) -> None:
+def decode(codec: str, stored: memoryview, raw: memoryview, segments: Segments) -> None:
     """Fill ``raw`` exactly from ``stored``; the inverse of ``encode``.
 
     Raises:
@@ -61,29 +74,64 @@ def decode(codec: str, stored: memoryview, raw: memoryview) -> None:
     """
     if codec not in _DECODERS:
         raise FormatError(f"unknown codec {codec!r}; known: {', '.join(_DECODERS)}. A newer ckptstore may know it")
-    _DECODERS[codec](stored, raw)
+    _DECODERS[codec](stored, raw, segments)
 
 
-def _decode_none(stored: memoryview, raw: memoryview) -> None:
+class _Compressors(threading.local):
+    """Compressors by level; one may not be used by two threads at once, and making one takes longer than a sample."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]] = {}
+
+    def of(self, level: int) -> tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]:
+        """One that hardly looks for matches, and one of ``level``."""
+        if level not in self._known:
+            # Exponents have few matches worth having: literals alone are smaller and several times as fast.
+            literals = zstandard.ZstdCompressionParameters(
+                window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
+            )
+            self._known[level] = (
+                zstandard.ZstdCompressor(compression_params=literals),
+                zstandard.ZstdCompressor(level=level),
+            )
+        return self._known[level]
+
+
+_compressors = _Compressors()
+
+
+def _decode_none(stored: memoryview, raw: memoryview, _: Segments) -> None:
     if len(stored) != len(raw):
         raise FormatError(f"a block stored as it is has {len(stored)} bytes, its record says {len(raw)}")
     raw[:] = stored
 
 
-def _decode_zstd(stored: memoryview, raw: memoryview) -> None:
+def _decode_zstd(stored: memoryview, raw: memoryview, _: Segments) -> None:
+    raw[:] = _frame(stored, len(raw), window=1 << 27)
+
+
+def _decode_float_zstd(stored: memoryview, raw: memoryview, segments: Segments) -> None:
+    floatzstd.decode(stored, raw, segments, lambda frame, length: _frame(frame, length, window=PIECE_BYTES))
+
+
+def _frame(stored: memoryview, length: int, *, window: int) -> bytes:
     try:
         # A 13-byte frame can declare 7e18 bytes, and the library then ignores max_output_size: look first.
         declared = zstandard.get_frame_parameters(stored).content_size
-        if declared != len(raw):
-            raise FormatError(f"a zstd frame declares {declared} bytes, its record says {len(raw)}")
-        decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        data = decoder.decompress(stored, max_output_size=len(raw), allow_extra_data=False)
+        if declared != length:
+            raise FormatError(f"a zstd frame declares {declared} bytes, its record says {length}")
+        decoder = zstandard.ZstdDecompressor(max_window_size=window)
+        data = decoder.decompress(stored, max_output_size=length, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"a block is no valid zstd frame: {error}") from error
-    if len(data) != len(raw):
-        raise FormatError(f"a zstd frame holds {len(data)} bytes, its record says {len(raw)}")
-    raw[:] = data
+    if len(data) != length:
+        raise FormatError(f"a zstd frame holds {len(data)} bytes, its record says {length}")
+    return data
 
 
-_DECODERS: dict[str, Callable[[memoryview, memoryview], None]] = {"none": _decode_none, "zstd": _decode_zstd}
+_DECODERS: dict[str, Callable[[memoryview, memoryview, Segments], None]] = {
+    "none": _decode_none,
+    "zstd": _decode_zstd,
+    "float-zstd": _decode_float_zstd,
+}
 CODECS = frozenset(_DECODERS)

@@ -7,9 +7,10 @@ only if its bytes begin with exactly the header built here. https://huggingface.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from json.encoder import encode_basestring_ascii
 from math import prod
@@ -128,6 +129,25 @@ class TensorFile:
                 found.append(Piece(index, low - self.begins[index], high - low, low - start))
             index += 1
         return found
+
+    @cached_property
+    def _changes(self) -> tuple[list[int], list[str]]:
+        """Where in the stream elements of another type begin, and which."""
+        begins, dtypes = [0], ["U8"]
+        for (_, dtype, _, _), begin, end in zip(self.rows, self.begins, self.begins[1:], strict=False):
+            if dtype != dtypes[-1] and end > begin:
+                begins.append(begin)
+                dtypes.append(dtype)
+        return begins, dtypes
+
+    def segments(self, block: int) -> list[tuple[str, int]]:
+        """Types and lengths in bytes of what stands in block number ``block``, all of it; the header is ``U8``."""
+        start = block * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self.raw_bytes)
+        begins, dtypes = self._changes
+        first, last = bisect_right(begins, start) - 1, bisect_left(begins, stop)
+        edges = [start, *begins[first + 1 : last], stop]
+        return [(dtype, b - a) for dtype, (a, b) in zip(dtypes[first:last], pairwise(edges), strict=True)]
 
     def header_part(self, block: int) -> bytes:
         """The bytes of the header that lie in block number ``block``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
 
@@ -65,6 +66,27 @@ def test_headers(rows: list[TensorRow]) -> None:
         assert table[row.name]["shape"] == list(row.shape)
         end = after
     assert len(stream.header) + end == stream.raw_bytes
+
+
+@given(rows_of(sorted(ITEM_BYTES)))
+def test_segments_follow_the_table(rows: list[TensorRow]) -> None:
+    """The header is U8, then each byte has the type of the tensor it is in, and neighbours of one type are one."""
+    stream = TensorFile.of(rows)
+    expected = ["U8"] * len(stream.header) + [row.dtype for row in rows for _ in range(row.nbytes)]
+    found = stream.segments(0)
+    assert [dtype for dtype, length in found for _ in range(length)] == expected
+    assert all(a != b for (a, _), (b, _) in pairwise(found))
+
+
+def test_segments_of_blocks_that_begin_amid_a_tensor() -> None:
+    rows = [TensorRow("a", "F64", (BLOCK_BYTES // 4,)), *(TensorRow(f"b{n:04}", "F32", (1000,)) for n in range(9000))]
+    stream = TensorFile.of([*rows, TensorRow("c", "BF16", (5,))])
+    blocks = [stream.segments(number) for number in range(len(stream.block_lengths))]
+    assert [sum(length for _, length in found) for found in blocks] == stream.block_lengths
+    head = len(stream.header)
+    assert blocks[:2] == [[("U8", head), ("F64", BLOCK_BYTES - head)], [("F64", BLOCK_BYTES)]]
+    assert blocks[2] == [("F64", head), ("F32", BLOCK_BYTES - head)]
+    assert blocks[-1][-1] == ("BF16", 10)
 
 
 def test_a_file_as_saved_opens(tmp_path: Path) -> None:

@@ -1,0 +1,295 @@
+"""The stored form of codec ``float-zstd``: a table, raw streams, tails, compressed streams. SPEC.md, section 7.
+
+What compresses a stream is passed in. ``encode`` and ``decode`` are inverse, whatever the bytes mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from ckptstore.errors import FormatError
+from ckptstore.format.floatsplit import GRAIN, Bytes, Form, join, split, stream_lengths
+from ckptstore.format.tensorfile import ITEM_BYTES
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Compress: TypeAlias = Callable[[Buffer], bytes]
+Segments: TypeAlias = Sequence[tuple[str, int]]
+
+PIECE_BYTES = 1 << 20
+"""Raw bytes taken apart at once: what is touched stays in the caches."""
+
+_STRETCH = 4
+"""Pieces that share a decision; sampling each one would cost more than it gains."""
+
+_WINDOWS, _WINDOW = 8, 1024
+"""A sample: windows spread over the stretch, and elements in each."""
+
+_PAYS = 0.95
+"""A stream that keeps more of its size than this is not worth the time to decode it."""
+
+_LENGTH_BITS = 28
+
+
+class Coding(IntEnum):
+    """How a stream is stored."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+class Piece(NamedTuple):
+    """``length`` bytes at ``begin`` of a block, all elements of ``item`` bytes."""
+
+    item: int
+    begin: int
+    length: int
+
+
+class Plan(NamedTuple):
+    """How a piece is taken apart, and what compresses each stream; None stores it raw."""
+
+    form: Form
+    coders: Sequence[Compress | None]
+
+
+class Decompress(Protocol):
+    """The bytes of a frame; FormatError unless they are exactly ``length``."""
+
+    def __call__(self, frame: memoryview, length: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block's pieces, and the ranges that are too short for one or left over: its tails."""
+
+    pieces: Sequence[Piece]
+    tails: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, segments: Segments) -> Layout:
+        """Runs of segments with elements of one size, cut into pieces of 1 MiB; the last one is shorter."""
+        pieces: list[Piece] = []
+        tails = []
+        for item, begin, end in _runs(segments):
+            grain = GRAIN * item
+            stop = begin + (end - begin) // grain * grain
+            pieces += [Piece(item, at, min(PIECE_BYTES, stop - at)) for at in range(begin, stop, PIECE_BYTES)]
+            if stop < end:
+                tails.append((stop, end))
+        return cls(pieces, tails)
+
+    @property
+    def table_bytes(self) -> int:
+        """Length of the table: for each piece a word for its form and one for each stream; a multiple of 8."""
+        return -(-4 * sum(1 + piece.item for piece in self.pieces) // 8) * 8
+
+
+def _runs(segments: Segments) -> Iterator[tuple[int, int, int]]:
+    item = begin = end = 0
+    for dtype, length in segments:
+        if ITEM_BYTES[dtype] != item:
+            if end > begin:
+                yield item, begin, end
+            item, begin = ITEM_BYTES[dtype], end
+        end += length
+    if end > begin:
+        yield item, begin, end
+
+
+class _Scratch(threading.local):
+    """2 MiB for each thread: the streams of a piece, and what taking it apart needs."""
+
+    def __init__(self) -> None:
+        self.streams = np.empty(PIECE_BYTES, np.uint8)
+        self.work = np.empty(PIECE_BYTES, np.uint8)
+
+
+_scratch = _Scratch()
+
+
+def encode(raw: Buffer, segments: Segments, compressors: Sequence[Compress]) -> memoryview | None:
+    """The stored form of ``raw``, or None where it would not be smaller.
+
+    Args:
+        segments: dtype and length in bytes of what follows each other in ``raw``, all of it.
+        compressors: make zstd frames; the one that a sample likes best is used.
+    """
+    source = np.frombuffer(raw, np.uint8)
+    layout = Layout.of(segments)
+    assert sum(length for _, length in segments) == len(source), "segments cover the block"
+    plans = _plans(source, layout, compressors)
+    end = layout.table_bytes + sum(map(_raw_bytes, layout.pieces, plans))
+    if end >= len(source) or not layout.pieces:
+        return None
+    out = np.empty(len(source), np.uint8)
+    parts = [source[begin:stop].tobytes() for begin, stop in layout.tails]
+    words = np.zeros(layout.table_bytes // 4, "<u4")
+    at, row = layout.table_bytes, 0
+    for piece, plan in zip(layout.pieces, plans, strict=True):
+        at, entry, frames = _encode_piece(source, piece, plan, out, at)
+        words[row : row + len(entry)] = entry
+        row += 1 + piece.item
+        parts += frames
+    out[: layout.table_bytes] = words.view(np.uint8)
+    rest = b"".join(parts)
+    if end + len(rest) >= len(source):
+        return None
+    out[end : end + len(rest)] = np.frombuffer(rest, np.uint8)
+    return out[: end + len(rest)].data
+
+
+def _raw_bytes(piece: Piece, plan: Plan) -> int:
+    lengths = stream_lengths(plan.form, piece.item, piece.length)
+    return sum(length for length, coder in zip(lengths, plan.coders, strict=True) if coder is None)
+
+
+def _encode_piece(source: Bytes, piece: Piece, plan: Plan, out: Bytes, at: int) -> tuple[int, list[int], list[bytes]]:
+    """Raw streams into ``out`` from ``at`` on; returns where they end, the table's words and the frames."""
+    lengths = stream_lengths(plan.form, piece.item, piece.length)
+    streams, used = [], 0
+    for length, coder in zip(lengths, plan.coders, strict=True):
+        if coder is None:
+            streams.append(out[at : at + length])
+            at += length
+        else:
+            streams.append(_scratch.streams[used : used + length])
+            used += length
+    split(plan.form, piece.item, source[piece.begin : piece.begin + piece.length], streams, _scratch.work)
+    entry, frames = [int(plan.form)], []
+    for stream, coder in zip(streams, plan.coders, strict=True):
+        if coder is None:
+            entry.append(Coding.RAW << _LENGTH_BITS | len(stream))
+        else:
+            frames.append(coder(stream.data))
+            entry.append(Coding.ZSTD << _LENGTH_BITS | len(frames[-1]))
+    return at, entry, frames
+
+
+def _plans(source: Bytes, layout: Layout, compressors: Sequence[Compress]) -> list[Plan]:
+    plans: list[Plan] = []
+    while (first := len(plans)) < len(layout.pieces):
+        item, begin, length = layout.pieces[first]
+        count = 1
+        for piece in layout.pieces[first + 1 : first + _STRETCH]:
+            if piece.item != item or piece.begin != begin + length:
+                break
+            count, length = count + 1, length + piece.length
+        plans += [_plan(source[begin : begin + length], item, compressors)] * count
+    return plans
+
+
+def _plan(stretch: Bytes, item: int, compressors: Sequence[Compress]) -> Plan:
+    sample = _sample(stretch, item)
+    whole, whole_share = _best(sample.reshape(-1), compressors)
+    if item == 1:
+        return Plan(Form.WHOLE, [whole])
+    planes = [_best(np.ascontiguousarray(sample[:, index]), compressors) for index in range(item)]
+    if whole_share < sum(share for _, share in planes) / item:
+        return Plan(Form.WHOLE, [whole])
+    coders = [coder for coder, _ in planes]
+    if not any(coders):
+        return Plan(Form.WHOLE, [None])
+    if item == 4 and not any(coders[:3]):
+        return Plan(Form.QUARTERS, [None, coders[3]])
+    return Plan(Form.PLANES, coders)
+
+
+def _sample(stretch: Bytes, item: int) -> Bytes:
+    """Up to 8 windows of 1024 elements, spread evenly, as rows of one element."""
+    elements = stretch.reshape(-1, item)
+    if len(elements) <= _WINDOWS * _WINDOW:
+        return elements
+    step = (len(elements) - _WINDOW) // (_WINDOWS - 1)
+    return np.concatenate([elements[n * step : n * step + _WINDOW] for n in range(_WINDOWS)])
+
+
+def _best(sample: Bytes, compressors: Sequence[Compress]) -> tuple[Compress | None, float]:
+    """What makes the sample smallest and the share that is left; None and 1 where nothing pays."""
+    shares = [(len(compress(sample.data)) / len(sample), index) for index, compress in enumerate(compressors)]
+    share, index = min(shares)
+    return (compressors[index], share) if share < _PAYS else (None, 1.0)
+
+
+def decode(stored: memoryview, raw: memoryview, segments: Segments, decompress: Decompress) -> None:
+    """Fill ``raw`` from its stored form; the inverse of ``encode``.
+
+    Raises:
+        FormatError: not the stored form of a block with these segments. Nothing is allocated by what it claims.
+    """
+    layout = Layout.of(segments)
+    if sum(length for _, length in segments) != len(raw):
+        raise FormatError(f"the tensors in a block have other bytes than the {len(raw)} that its record says")
+    source, target = np.frombuffer(stored, np.uint8), np.frombuffer(raw, np.uint8)
+    entries = _read_table(source, layout)
+    at = layout.table_bytes
+    tails = at + sum(length for entry in entries for coding, length, _ in entry.streams if coding == Coding.RAW)
+    frames = tails + sum(end - begin for begin, end in layout.tails)
+    total = frames + sum(length for entry in entries for coding, length, _ in entry.streams if coding != Coding.RAW)
+    if total != len(source):
+        raise FormatError(f"a float-zstd block has {len(source)} bytes, its table says {total}")
+    for piece, entry in zip(layout.pieces, entries, strict=True):
+        streams = []
+        for coding, length, plain in entry.streams:
+            if coding == Coding.RAW:
+                streams.append(source[at : at + length])
+                at += length
+            else:
+                streams.append(np.frombuffer(decompress(stored[frames : frames + length], plain), np.uint8))
+                frames += length
+        join(entry.form, piece.item, streams, target[piece.begin : piece.begin + piece.length], _scratch.work)
+    for begin, end in layout.tails:
+        target[begin:end] = source[tails : tails + end - begin]
+        tails += end - begin
+
+
+class _Entry(NamedTuple):
+    """A piece in the table: its form, and of each stream the coding, the stored and the plain length."""
+
+    form: Form
+    streams: Sequence[tuple[Coding, int, int]]
+
+
+def _read_table(source: Bytes, layout: Layout) -> list[_Entry]:
+    if len(source) < layout.table_bytes:
+        raise FormatError(f"a float-zstd block has {len(source)} bytes, its table alone {layout.table_bytes}")
+    # A copy, because what is mapped may be changed by others after it was checked.
+    words = source[: layout.table_bytes].tobytes()
+    numbers = np.frombuffer(words, "<u4").tolist()
+    entries = []
+    for piece in layout.pieces:
+        entry, numbers = numbers[: 1 + piece.item], numbers[1 + piece.item :]
+        entries.append(_entry(piece, entry))
+    if any(numbers):
+        raise FormatError("the table of a float-zstd block has something behind it")
+    return entries
+
+
+def _entry(piece: Piece, words: Sequence[int]) -> _Entry:
+    form, item = words[0], piece.item
+    if form not in _FORMS[item]:
+        raise FormatError(f"a float-zstd block takes elements of {item} bytes apart in the unknown form {form}")
+    lengths = stream_lengths(Form(form), item, piece.length)
+    streams = []
+    for word, plain in zip(words[1:], lengths, strict=False):
+        coding, length = word >> _LENGTH_BITS, word & ((1 << _LENGTH_BITS) - 1)
+        if coding not in _CODINGS or (coding == Coding.RAW and length != plain):
+            raise FormatError(f"a float-zstd block stores {plain} bytes as {length} in coding {coding}")
+        streams.append((Coding(coding), length, plain))
+    if any(words[1 + len(lengths) :]):
+        raise FormatError("a float-zstd block lists more streams than its elements have")
+    return _Entry(Form(form), streams)
+
+
+_CODINGS = frozenset(Coding)
+_FORMS = {
+    1: frozenset({Form.WHOLE}),
+    2: frozenset({Form.WHOLE, Form.PLANES}),
+    4: frozenset({Form.WHOLE, Form.PLANES, Form.QUARTERS}),
+    8: frozenset({Form.WHOLE, Form.PLANES}),
+}
