@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.rounds import Tell, turns
 from benchmarks.savers import SAVERS as MADE
+from benchmarks.savers import quiet
 from benchmarks.workload import GPT2, TINY, Size, Workload
 
 SAVERS = ("ckptstore_overlapped", "ckptstore_async", "dcp", "dcp_overlapped", "torch")
@@ -78,7 +79,9 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("size", type=json.loads)
     asked = parser.parse_args()
-    print(json.dumps(once(asked.name, os.path.abspath(asked.folder), Size(**asked.size))))
+    with quiet():
+        measured = once(asked.name, os.path.abspath(asked.folder), Size(**asked.size))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -124,8 +124,7 @@ class DcpAsync(Background):
     def save(self) -> None:
         from torch.distributed import checkpoint
 
-        with _quiet():
-            begun = checkpoint.async_save(self.workload.plain(), checkpoint_id=self.next_place(), **self._options())
+        begun = checkpoint.async_save(self.workload.plain(), checkpoint_id=self.next_place(), **self._options())
         self._staging = getattr(begun, "staging_completion", None)
         self._upload = getattr(begun, "upload_completion", begun)
 
@@ -191,8 +190,7 @@ class TorchSnapshot(Background):
     def save(self) -> None:
         from torchsnapshot import Snapshot, StateDict
 
-        with _quiet():
-            self._pending = Snapshot.async_take(self.next_place(), {"state": StateDict(**self.workload.plain())})
+        self._pending = Snapshot.async_take(self.next_place(), {"state": StateDict(**self.workload.plain())})
 
     def busy(self) -> bool:
         return not self._pending.done()
@@ -271,19 +269,20 @@ def installed(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the rivals, most of which come from their threads: one process is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def savers(folder: str, workload: Workload, names: tuple[str, ...]) -> Iterator[dict[str, Saver]]:
     """The savers ``names`` below ``folder``, each of which has saved once: memory and imports are warm."""
-    with ExitStack() as stack:
+    with quiet(), ExitStack() as stack:
         made = {name: stack.enter_context(SAVERS[name](os.path.join(folder, name), workload)) for name in names}
         for saver in made.values():
             saver.save()
             saver.wait()
             saver.tidy()
         yield made
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
