@@ -59,7 +59,7 @@ def encode(raw: Buffer, compression: Compression, segments: Segments) -> tuple[s
     if compression.codec == "zstd":
         stored = zstandard.ZstdCompressor(level=compression.level).compress(raw)
     elif compression.codec == "float-zstd":
-        compressors = _compressors.of(compression.level)
+        compressors = _tools.compressors(compression.level)
         stored = floatzstd.encode(raw, segments, [compressors[0].compress, compressors[1].compress])
     if stored is not None and len(stored) < len(raw):
         return compression.codec, stored
@@ -77,13 +77,15 @@ def decode(codec: str, stored: memoryview, raw: memoryview, segments: Segments) 
     _DECODERS[codec](stored, raw, segments)
 
 
-class _Compressors(threading.local):
-    """Compressors by level; one may not be used by two threads at once, and making one takes longer than a sample."""
+class _Tools(threading.local):
+    """What takes time to make, and may not be used by two threads at once."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]] = {}
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        self.piece_decompressor = zstandard.ZstdDecompressor(max_window_size=PIECE_BYTES)
 
-    def of(self, level: int) -> tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]:
+    def compressors(self, level: int) -> tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]:
         """One that hardly looks for matches, and one of ``level``."""
         if level not in self._known:
             # Exponents have few matches worth having: literals alone are smaller and several times as fast.
@@ -97,7 +99,7 @@ class _Compressors(threading.local):
         return self._known[level]
 
 
-_compressors = _Compressors()
+_tools = _Tools()
 
 
 def _decode_none(stored: memoryview, raw: memoryview, _: Segments) -> None:
@@ -107,21 +109,21 @@ def _decode_none(stored: memoryview, raw: memoryview, _: Segments) -> None:
 
 
 def _decode_zstd(stored: memoryview, raw: memoryview, _: Segments) -> None:
-    raw[:] = _frame(stored, len(raw), window=1 << 27)
+    raw[:] = _frame(stored, len(raw), _tools.decompressor)
 
 
 def _decode_float_zstd(stored: memoryview, raw: memoryview, segments: Segments) -> None:
-    floatzstd.decode(stored, raw, segments, lambda frame, length: _frame(frame, length, window=PIECE_BYTES))
+    decompressor = _tools.piece_decompressor
+    floatzstd.decode(stored, raw, segments, lambda frame, length: _frame(frame, length, decompressor))
 
 
-def _frame(stored: memoryview, length: int, *, window: int) -> bytes:
+def _frame(stored: memoryview, length: int, decompressor: zstandard.ZstdDecompressor) -> bytes:
     try:
         # A 13-byte frame can declare 7e18 bytes, and the library then ignores max_output_size: look first.
         declared = zstandard.get_frame_parameters(stored).content_size
         if declared != length:
             raise FormatError(f"a zstd frame declares {declared} bytes, its record says {length}")
-        decoder = zstandard.ZstdDecompressor(max_window_size=window)
-        data = decoder.decompress(stored, max_output_size=length, allow_extra_data=False)
+        data = decompressor.decompress(stored, max_output_size=length, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"a block is no valid zstd frame: {error}") from error
     if len(data) != length:

@@ -27,13 +27,17 @@ PIECE_BYTES = 1 << 20
 _STRETCH = 4
 """Pieces that share a decision; sampling each one would cost more than it gains."""
 
-_WINDOWS, _WINDOW = 8, 1024
+_WINDOWS, _WINDOW = 8, 512
 """A sample: windows spread over the stretch, and elements in each."""
 
 _PAYS = 0.95
 """A stream that keeps more of its size than this is not worth the time to decode it."""
 
+_WORTH = 0.99
+"""So much of a block at most may be left: one that is stored as it is loads without a copy."""
+
 _LENGTH_BITS = 28
+_LENGTH_MASK = (1 << _LENGTH_BITS) - 1
 
 
 class Coding(IntEnum):
@@ -114,10 +118,10 @@ _scratch = _Scratch()
 
 
 def encode(raw: Buffer, segments: Segments, compressors: Sequence[Compress]) -> memoryview | None:
-    """The stored form of ``raw``, or None where it would not be smaller.
+    """The stored form of ``raw``, or None where that would not be at least 1 % smaller.
 
     Args:
-        segments: dtype and length in bytes of what follows each other in ``raw``, all of it.
+        segments: dtypes and lengths in bytes of what stands in ``raw``, all of it.
         compressors: make zstd frames; the one that a sample likes best is used.
     """
     source = np.frombuffer(raw, np.uint8)
@@ -125,7 +129,8 @@ def encode(raw: Buffer, segments: Segments, compressors: Sequence[Compress]) -> 
     assert sum(length for _, length in segments) == len(source), "segments cover the block"
     plans = _plans(source, layout, compressors)
     end = layout.table_bytes + sum(map(_raw_bytes, layout.pieces, plans))
-    if end >= len(source) or not layout.pieces:
+    limit = int(len(source) * _WORTH)
+    if end > limit:
         return None
     out = np.empty(len(source), np.uint8)
     parts = [source[begin:stop].tobytes() for begin, stop in layout.tails]
@@ -138,7 +143,7 @@ def encode(raw: Buffer, segments: Segments, compressors: Sequence[Compress]) -> 
         parts += frames
     out[: layout.table_bytes] = words.view(np.uint8)
     rest = b"".join(parts)
-    if end + len(rest) >= len(source):
+    if end + len(rest) > limit:
         return None
     out[end : end + len(rest)] = np.frombuffer(rest, np.uint8)
     return out[: end + len(rest)].data
@@ -195,13 +200,13 @@ def _plan(stretch: Bytes, item: int, compressors: Sequence[Compress]) -> Plan:
     coders = [coder for coder, _ in planes]
     if not any(coders):
         return Plan(Form.WHOLE, [None])
-    if item == 4 and not any(coders[:3]):
-        return Plan(Form.QUARTERS, [None, coders[3]])
+    if not any(coders[:-1]):
+        return Plan(Form.FOLDED, [None, coders[-1]])
     return Plan(Form.PLANES, coders)
 
 
 def _sample(stretch: Bytes, item: int) -> Bytes:
-    """Up to 8 windows of 1024 elements, spread evenly, as rows of one element."""
+    """Up to 8 windows of 512 elements, spread evenly, as rows of one element."""
     elements = stretch.reshape(-1, item)
     if len(elements) <= _WINDOWS * _WINDOW:
         return elements
@@ -252,7 +257,7 @@ class _Entry(NamedTuple):
     """A piece in the table: its form, and of each stream the coding, the stored and the plain length."""
 
     form: Form
-    streams: Sequence[tuple[Coding, int, int]]
+    streams: Sequence[tuple[int, int, int]]
 
 
 def _read_table(source: Bytes, layout: Layout) -> list[_Entry]:
@@ -271,25 +276,16 @@ def _read_table(source: Bytes, layout: Layout) -> list[_Entry]:
 
 
 def _entry(piece: Piece, words: Sequence[int]) -> _Entry:
-    form, item = words[0], piece.item
-    if form not in _FORMS[item]:
-        raise FormatError(f"a float-zstd block takes elements of {item} bytes apart in the unknown form {form}")
-    lengths = stream_lengths(Form(form), item, piece.length)
-    streams = []
-    for word, plain in zip(words[1:], lengths, strict=False):
-        coding, length = word >> _LENGTH_BITS, word & ((1 << _LENGTH_BITS) - 1)
-        if coding not in _CODINGS or (coding == Coding.RAW and length != plain):
+    if words[0] > (Form.FOLDED if piece.item > 1 else Form.WHOLE):
+        raise FormatError(f"a float-zstd block takes elements of {piece.item} bytes apart in unknown form {words[0]}")
+    form = Form(words[0])
+    lengths = stream_lengths(form, piece.item, piece.length)
+    streams = [
+        (word >> _LENGTH_BITS, word & _LENGTH_MASK, plain) for word, plain in zip(words[1:], lengths, strict=False)
+    ]
+    for coding, length, plain in streams:
+        if coding > Coding.ZSTD or (coding == Coding.RAW and length != plain):
             raise FormatError(f"a float-zstd block stores {plain} bytes as {length} in coding {coding}")
-        streams.append((Coding(coding), length, plain))
     if any(words[1 + len(lengths) :]):
         raise FormatError("a float-zstd block lists more streams than its elements have")
-    return _Entry(Form(form), streams)
-
-
-_CODINGS = frozenset(Coding)
-_FORMS = {
-    1: frozenset({Form.WHOLE}),
-    2: frozenset({Form.WHOLE, Form.PLANES}),
-    4: frozenset({Form.WHOLE, Form.PLANES, Form.QUARTERS}),
-    8: frozenset({Form.WHOLE, Form.PLANES}),
-}
+    return _Entry(form, streams)

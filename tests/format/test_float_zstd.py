@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +38,10 @@ def round_trip(raw: bytes, segments: Segments, level: int = 1) -> tuple[str, int
 
 def weights(count: int, dtype: str = "<f4") -> bytes:
     return np.random.default_rng(count).normal(0, 0.02, count).astype(dtype).tobytes()
+
+
+def bf16(count: int) -> bytes:
+    return np.frombuffer(weights(count), "<u2")[1::2].tobytes()
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_BYTES))
@@ -149,7 +155,7 @@ def test_threads_do_not_share() -> None:
 def stored_forms() -> Iterator[tuple[bytes, int, Segments]]:
     for dtype, raw in [
         ("F32", weights(5000)),
-        ("BF16", np.frombuffer(weights(5000), "<u2")[1::2].tobytes()),
+        ("BF16", bf16(5000)),
         ("F32", bytes(20_000)),
         ("F64", weights(3000, "<f8")),
     ]:
@@ -161,6 +167,77 @@ def stored_forms() -> Iterator[tuple[bytes, int, Segments]]:
 
 
 FORMS = list(stored_forms())
+
+
+def decoded_by_the_book(stored: bytes, segments: Segments) -> bytes:
+    """SPEC.md, section 7, in plain Python: slow, and without a line of the library."""
+    runs: list[list[int]] = []
+    for dtype, length in segments:
+        if not runs or runs[-1][0] != ITEM_BYTES[dtype]:
+            runs.append([ITEM_BYTES[dtype], 0])
+        runs[-1][1] += length
+    pieces, tails = [], []
+    for run, (k, length) in enumerate(runs):
+        whole = length // (32 * k) * (32 * k)
+        pieces += [(run, k, min(1 << 20, whole - at)) for at in range(0, whole, 1 << 20)]
+        tails.append(length - whole)
+    words = sum(1 + k for _, k, _ in pieces)
+    table = iter(struct.unpack_from(f"<{words}I", stored))
+    entries = [(next(table), [divmod(next(table), 1 << 28) for _ in range(k)]) for _, k, _ in pieces]
+    raw = -(-4 * words // 8) * 8
+    tail = raw + sum(length for _, listed in entries for coding, length in listed if coding == 0)
+    frame = tail + sum(tails)
+    parts = [b""] * len(runs)
+    for (run, k, length), (form, listed) in zip(pieces, entries, strict=True):
+        streams = []
+        for coding, size in listed[: [1, k, 2][form]]:
+            if coding == 0:
+                streams.append(stored[raw : raw + size])
+                raw += size
+            else:
+                streams.append(zstandard.decompress(stored[frame : frame + size]))
+                frame += size
+        parts[run] += [lambda k, s: s[0], by_planes, by_folding][form](k, streams)
+        assert len(streams[0]) == [length, length // k, length - length // k][form]
+    assert frame == len(stored)
+    for run, size in enumerate(tails):
+        parts[run] += stored[tail : tail + size]
+        tail += size
+    return b"".join(parts)
+
+
+def by_planes(k: int, streams: list[bytes]) -> bytes:
+    return bytes(byte for element in zip(*streams, strict=True) for byte in element)
+
+
+def by_folding(k: int, streams: list[bytes]) -> bytes:
+    rest, e = ([int.from_bytes(s[at : at + k], "little") for at in range(0, len(s), k)] for s in streams)
+    size, limit = len(e), 1 << 8 * k
+    r = [rest[j * size : (j + 1) * size] for j in range(k - 1)]
+    p: list[list[int]] = [[] for _ in range(k)]
+    for i in range(size):
+        last = e[i]
+        for j in range(k - 1):
+            last ^= r[j][i] >> 8 * (k - 1 - j) & 0xFF << 8 * j
+        for j in range(k - 1):
+            p[j].append(r[j][i] ^ (last << 8 * (k - 1 - j)) % limit)
+        p[k - 1].append(last)
+    return b"".join(word.to_bytes(k, "little") for part in p for word in part)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "I64", "I32", "I16", "U8"])
+def test_the_specification_is_enough(dtype: str) -> None:
+    """What is stored, in every form, is what another decoder reads that was written from the specification."""
+    size = ITEM_BYTES[dtype]
+    if dtype[0] in "IU":
+        data = np.arange(40_000).astype(f"<u{size}").tobytes()
+    else:
+        data = bf16(3001) if dtype == "BF16" else weights(3001, f"<f{size}")
+    segments = [("U8", 4099), (dtype, len(data)), ("U16", 62), ("F16", 4), ("I8", 9)]
+    raw = b"{" * 4099 + data + bytes(75)
+    codec, stored = encode(raw, FLOAT_ZSTD, segments)
+    assert codec == "float-zstd"
+    assert decoded_by_the_book(bytes(stored), segments) == raw
 
 
 @settings(max_examples=1000)
