@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import cells, training
@@ -72,8 +72,9 @@ def _memory(measured: Measured) -> Iterator[str]:
     peaks = {name: bytes["peak_bytes"] for name, bytes in measured["savers"].items()}
     limit = f"the state: {measured['bytes'] / 1e6:.0f} MB"
     for mode, rivals in (("overlapped", ("dcp_overlapped", "torch")), ("async", ("dcp",))):
-        ours = peaks[f"ckptstore_{mode}"]
-        yield row(f"peak memory that a save adds, `{mode}`", ours, _named(peaks, rivals), cells.megabytes, limit=limit)
+        if ours := peaks.get(f"ckptstore_{mode}"):
+            what = f"peak memory that a save adds, `{mode}`"
+            yield row(what, ours, _named(peaks, rivals), cells.megabytes, limit=limit)
 
 
 def _frozen(measured: Measured) -> Iterator[str]:
@@ -100,19 +101,23 @@ def _verify(measured: Measured) -> Iterator[str]:
 
 
 def _growth(measured: Measured) -> Iterator[str]:
-    for key, unit in (("by_bytes", "bytes"), ("by_tensors", "tensors")):
-        # The first point of tensors is so small that the fixed cost of a save is all there is.
-        first, last = measured[key][0], measured[key][-1]
-        factor = last[unit] / first[unit]
-        for verb in ("save", "load"):
-            grown = {name: _grown(first, last, name, f"{verb}_s") for name in first["savers"]}
-            rivals = {NAMES[name]: values for name, values in grown.items() if name != "ckptstore" and values}
-            yield row(f"{factor:,.0f} x the {unit}: a {verb} takes", grown["ckptstore"], rivals, cells.times)
+    yield from _grown(*_ends(measured["by_bytes"], "bytes"), lambda point: f"{point['bytes'] / 1e9:.1f} GB")
+    yield from _grown(*_ends(measured["by_tensors"], "tensors"), lambda point: f"{point['tensors']:,} tensors of 1 KiB")
 
 
-def _grown(first: Measured, last: Measured, name: str, key: str) -> list[float]:
-    medians = [statistics.median(point["savers"][name][key] or [math.nan]) for point in (first, last)]
-    return [] if math.isnan(medians[1]) else [medians[1] / medians[0]]
+def _ends(points: Sequence[Measured], key: str) -> tuple[Measured, Measured]:
+    """A tenth of the largest, or what is nearest to it, and the largest: below, the fixed cost of a save is seen."""
+    last = points[-1]
+    return min(points, key=lambda point: abs(math.log(10 * point[key] / last[key]))), last
+
+
+def _grown(first: Measured, last: Measured, size: Callable[[Measured], str]) -> Iterator[str]:
+    for verb in ("save", "load"):
+        before, ours = (point["savers"]["ckptstore"][f"{verb}_s"] for point in (first, last))
+        rivals = {NAMES[name]: times[f"{verb}_s"] for name, times in last["savers"].items() if name != "ckptstore"}
+        measured = {name: values for name, values in rivals.items() if values}
+        note = f", {statistics.median(ours) / statistics.median(before):.1f} x that of {size(first)}"
+        yield row(f"{size(last)}: a {verb} takes", ours, measured, cells.seconds, note=note)
 
 
 def _named(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, Sequence[float]]:

@@ -6,8 +6,6 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import training
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -73,9 +71,8 @@ def _training(measured: dict[str, Any], path: Path) -> Path:
         style = {"color": "black", "linestyle": "--"} if name == "none" else {"marker": "o"}
         medians = [statistics.median(step) for step in zip(*times["step_s"], strict=True)]
         axes.plot(numbers, medians, label=LABELS[name], **style)
-    usual = training.median_step_s(measured)
     axes.set(xlabel="steps after the save began", ylabel="seconds of the step, median", xticks=list(numbers))
-    axes.set_ylim(bottom=0.8 * usual)
+    axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     return _keep(figure, path)
 

@@ -41,7 +41,7 @@ SMALL: dict[str, Measure] = {
     "listing": lambda folder: listing.measure(folder, checkpoints=10, rounds=1),
     "blocked": lambda folder: blocked.measure(folder, 1, size=TINY, names=quick(blocked.SAVERS)),
     "training": lambda folder: training.measure(folder, 1, size=TINY, steps=2, names=quick(training.SAVERS)),
-    "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped", "ckptstore_async")),
+    "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped",)),
     "frozen": lambda folder: frozen.measure(folder, 1, size=TINY),
     "verify": lambda folder: verify.measure(folder, 1, size=TINY),
     "growth": lambda folder: growth.measure(folder, 1, sizes_bytes=(2 << 20, 4 << 20), counts=(10, 20)),
