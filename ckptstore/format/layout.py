@@ -98,6 +98,11 @@ def file_key(id: CheckpointId, name: str) -> str:
     return f"{folder(id)}{name}"
 
 
+def is_data_file(key: str) -> bool:
+    """Whether a data file may lie under ``key``, as opposed to a manifest or a part."""
+    return key.endswith((".safetensors", ".blocks"))
+
+
 def writer_key(writer: int) -> str:
     return f"{WRITERS}{writer:04d}.json"
 

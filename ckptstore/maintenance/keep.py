@@ -13,6 +13,7 @@ from ckptstore.engine.commit import read_fate
 from ckptstore.errors import CheckpointError, ExistsError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.records import HoldRecord, TombstoneRecord, now, seal
+from ckptstore.maintenance.lent import borrowed_keys
 from ckptstore.storage.base import Storage
 
 
@@ -36,8 +37,11 @@ def bury(storage: Storage, checkpoint: Checkpoint, reason: str) -> None:
 def bring_back(storage: Storage, buried: Sequence[Checkpoint], selector: str) -> Checkpoint:
     """Remove the tombstone of the buried checkpoint that ``selector`` names by id, its beginning, or step:N.
 
+    Where ``prune`` takes the commit record away at the same time, one look at it afterwards tells: without a record it
+    is gone. Only a ``prune`` that saw the tombstone before, and removes the record after that look, undoes this.
+
     Raises:
-        NotFoundError: it is not in the trash, or was reclaimed already.
+        NotFoundError: it is not in the trash, was reclaimed already, or borrowed files that are gone.
         FormatError: several match.
     """
     matches = [c for c in buried if c.id.startswith(selector) or selector == f"step:{c.step}"]
@@ -47,12 +51,36 @@ def bring_back(storage: Storage, buried: Sequence[Checkpoint], selector: str) ->
     if len(matches) > 1:
         raise FormatError(f"{selector!r} names {len(matches)} deleted checkpoints; write the id: {matches[-1].id}")
     id = matches[0].order
+    _check_borrowed(storage, matches[0])
     storage.delete([layout.tombstone_key(id)])
     try:
         read_fate(storage, id)
     except NotFoundError as error:
         raise NotFoundError(f"{id} was reclaimed meanwhile and can't be brought back", id=str(id)) from error
     return matches[0]
+
+
+def _check_borrowed(storage: Storage, checkpoint: Checkpoint) -> None:
+    """Nothing, unless a file that ``checkpoint`` borrows is gone (NotFoundError).
+
+    A save that lost its lender before it was acknowledged buries itself: it may have lost files, or be about to.
+    Every other one's files are kept for it, also while it is buried.
+    """
+    try:
+        keys = borrowed_keys(storage, checkpoint.record) if checkpoint.record.lenders else []
+    except (IntegrityError, FormatError):
+        # Damage is not absence: it comes back as it is, and verify names what is wrong.
+        return
+    for key in keys:
+        try:
+            storage.size(key)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{checkpoint.id} can't be brought back: it borrowed {key}, which was removed with its owner",
+                id=checkpoint.id,
+                step=checkpoint.step,
+                key=key,
+            ) from error
 
 
 def hold(storage: Storage, checkpoint: Checkpoint, name: str) -> None:

@@ -1,23 +1,26 @@
-"""Collect what killed saves left and reclaim what was deleted: condemned first, then removed, key by key."""
+"""Collect what killed saves left and reclaim what was deleted, except for what others borrow."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
-from ckptstore.engine.catalogue import Catalogue
+from ckptstore.engine.catalogue import Cache, Catalogue, scan
 from ckptstore.engine.commit import condemn, read_store, writers
-from ckptstore.engine.saver import discard
-from ckptstore.errors import FormatError, IntegrityError
+from ckptstore.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.maintenance.keep import is_buried
-from ckptstore.maintenance.verify import Leftover, sort_leftovers
+from ckptstore.maintenance.leftovers import find_leftovers
+from ckptstore.maintenance.lent import Lent, recorded_ids
 from ckptstore.storage.base import Entry, Storage
 
 TOMBSTONE_S = 30 * 24 * 3600.0
 """How long tombstones and condemnations outlive their files: longer than any delayed request or sleeping process."""
+
+_SCANS = 20
+"""How often the register is read until it shows the same twice in a row."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class PruneReport:
 
     Attributes:
         leftovers: ids of unfinished saves that were condemned and removed.
-        reclaimed: ids of deleted checkpoints whose files were removed.
+        reclaimed: ids of deleted checkpoints whose files were removed, except for those that others borrow; an id is
+            there once more when the last borrower is gone.
         spared: ids of unfinished saves that may still be running.
         freed_bytes: stored bytes removed.
     """
@@ -41,59 +45,95 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     """Collect leftovers and reclaim buried checkpoints older than ``grace_s``.
 
     ``own_writer`` is the caller's number where it has no save in flight: its leftovers go at once then.
+
+    Raises:
+        StorageError: something can't be listed or read; what was begun is finished by the next call.
     """
     entries = storage.list("")
     # Never the newest object's time: one file from the future would end the grace of all others at once.
     now = time.time()
-    leftovers, _ = sort_leftovers(entries, catalogue)
+    reclaimed = _remove_records(storage, catalogue, entries, now - grace_s)
+    # Only now, when the records are gone, do the commits tell what may be removed: see Lent.
+    catalogue = _settled(storage, catalogue)
+    leftovers, _ = find_leftovers(entries, catalogue, Lent(storage, catalogue))
+    graves = {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
     newest = max(writers(storage), default=0)
     removed, spared, freed = [], [], 0
     for leftover in leftovers:
-        id = layout.try_id(leftover.id) if leftover.id else None
-        fresh = now - leftover.modified < grace_s
-        if fresh and not (id is not None and (id.writer < newest or id.writer == own_writer)):
-            spared.append(leftover.id or leftover.keys[0])
-        elif _collect(storage, catalogue, id, leftover):
-            removed.append(leftover.id or leftover.keys[0])
+        id, name = leftover.order, leftover.id or leftover.keys[0]
+        # With a tombstone it was committed once: no save can be running, and its fate is decided.
+        dead = id is not None and id in graves
+        stale = id is not None and (id.writer < newest or id.writer == own_writer)
+        if now - leftover.modified < grace_s and not dead and not stale:
+            spared.append(name)
+        elif dead or _condemned(storage, catalogue, id):
+            storage.delete(leftover.keys)
             freed += leftover.stored_bytes
-    reclaimed, more = _reclaim(storage, catalogue, entries, now - grace_s)
+            if id is not None and dead:
+                reclaimed.add(id)
+            else:
+                removed.append(name)
     _forget(storage, catalogue, entries, now - TOMBSTONE_S)
-    return PruneReport(removed, reclaimed, spared, freed + more)
+    return PruneReport(removed, [str(id) for id in sorted(reclaimed)], spared, freed)
 
 
-def _collect(storage: Storage, catalogue: Catalogue, id: CheckpointId | None, leftover: Leftover) -> bool:
-    if id is not None and id not in catalogue.condemned:
-        store_id = catalogue.store_id or read_store(storage).store_id
-        try:
-            if not condemn(storage, id, store_id, "unfinished when its leftovers were collected"):
-                return False
-        except (IntegrityError, FormatError):
-            # A damaged record may have been a commit: its files stay until somebody has looked.
-            return False
-    storage.delete(leftover.keys)
-    return True
-
-
-def _reclaim(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float) -> tuple[list[str], int]:
-    lent = {lender for c in catalogue.checkpoints for lender in c.record.lenders}
+def _remove_records(
+    storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float
+) -> set[CheckpointId]:
+    """Take away the commit records of what was buried ``before``, and with them the way back."""
     buried_at = {entry.key: entry.modified for entry in entries}
-    reclaimed, freed = [], 0
+    lent = Lent(storage, catalogue)
+    removed = set()
     for checkpoint in catalogue.buried:
         id = checkpoint.order
-        if checkpoint.id in lent or buried_at.get(layout.tombstone_key(id), before) >= before:
+        if buried_at.get(layout.tombstone_key(id), before) >= before or lent.is_unknown(id):
             continue
-        if not is_buried(storage, checkpoint):
-            continue
-        # The commit record goes first and durably: a crash then leaves an unfinished id, never half a checkpoint.
-        storage.delete([layout.commit_key(id)])
-        discard(storage, id)
-        reclaimed.append(checkpoint.id)
-        freed += checkpoint.stored_bytes
-    return reclaimed, freed
+        # An undelete after this look removes its tombstone, finds no record, and says that it came too late.
+        if is_buried(storage, checkpoint):
+            # First and durably: a crash then leaves files without a record, never half a checkpoint.
+            storage.delete([layout.commit_key(id)])
+            removed.add(id)
+    return removed
+
+
+def _settled(storage: Storage, catalogue: Catalogue) -> Catalogue:
+    """The register as it stands now, when it is the same twice in a row.
+
+    A listing may take time. One alone could miss a borrower that was reclaimed before the listing came to it, together
+    with its heir, committed where the listing had been already.
+
+    Raises:
+        UnavailableError: it never holds still.
+    """
+    cache: Cache = {layout.commit_key(c.order): c.record for c in (*catalogue.checkpoints, *catalogue.buried)}
+    cache |= {layout.commit_key(id): None for id in catalogue.condemned}
+    try:
+        store_id: str | None = read_store(storage).store_id
+    except (NotFoundError, IntegrityError):
+        store_id = catalogue.store_id
+    ids: Set[CheckpointId] | None = None
+    for _ in range(_SCANS):
+        catalogue = scan(storage, store_id, cache)
+        if recorded_ids(catalogue) == ids:
+            return catalogue
+        ids = recorded_ids(catalogue)
+    raise UnavailableError(f"{storage.url}: records in commits/ come and go all the time; try again later")
+
+
+def _condemned(storage: Storage, catalogue: Catalogue, id: CheckpointId | None) -> bool:
+    """Whether ``id`` never can be committed; what belongs to no id never could."""
+    if id is None or id in catalogue.condemned:
+        return True
+    store_id = catalogue.store_id or read_store(storage).store_id
+    try:
+        return condemn(storage, id, store_id, "unfinished when its leftovers were collected")
+    except (IntegrityError, FormatError):
+        # A damaged record may have been a commit: its files stay until somebody has looked.
+        return False
 
 
 def _forget(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float) -> None:
-    """Drop the tombstones and condemnations of ids of which nothing is left, when they are old enough."""
+    """Drop the tombstones and condemnations of ids of which nothing was left, when they are old enough."""
     present = {layout.folder_id(entry.key) for entry in entries} | {c.order for c in catalogue.buried}
     for entry in entries:
         id = layout.record_id(entry.key)

@@ -12,34 +12,22 @@ from dataclasses import dataclass, field
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import read_store
-from ckptstore.engine.reader import BlockTask, check_blocks, open_file, read_contents
+from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
-from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import SMALL_LIMIT, Record, TombstoneRecord, WriterRecord, unseal
-from ckptstore.storage.base import Entry, Storage, is_key
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """What a killed save left: files of an id that was never committed.
-
-    Attributes:
-        id: the id, or None for temporary objects outside checkpoint folders.
-        files, stored_bytes: how much lies there.
-        modified: the newest file's time, seconds since 1970 by the storage's clock.
-    """
-
-    id: str | None
-    keys: Sequence[str]
-    stored_bytes: int
-    modified: float
+from ckptstore.format.records import SMALL_LIMIT, FileEntry, Record, TombstoneRecord, WriterRecord, unseal
+from ckptstore.maintenance.leftovers import Leftover, find_leftovers
+from ckptstore.maintenance.lent import Lent
+from ckptstore.storage.base import Entry, Storage
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """One checkpoint's result: ``damages`` is empty where every byte read was good."""
+    """One checkpoint's result: ``damages`` is empty where every byte read was good.
+
+    What it borrows counts as its own, in ``read_bytes`` too, where it was read for another one already.
+    """
 
     checkpoint: Checkpoint
     damages: Sequence[Damage]
@@ -100,69 +88,110 @@ def verify(
     """
     begin = time.perf_counter()
     meter = Meter(sum(round(c.stored_bytes * sample) for c in chosen), progress)
-    reports = [_checkpoint(storage, c, sample, pool, threads, meter) for c in chosen]
+    prover = _Prover(storage, sample, pool, threads, meter, {id for c in chosen for id in c.record.lenders})
+    reports = [prover.checkpoint(c) for c in chosen]
     records: list[Damage] = []
     leftovers: list[Leftover] = []
     foreign: list[str] = []
     if entries is not None:
         records = [*_records(storage, entries), *catalogue.damaged, *read_holds(storage)[1]]
-        found, foreign = sort_leftovers(entries, catalogue)
+        found, foreign = find_leftovers(entries, catalogue, Lent(storage, catalogue))
         leftovers = [leftover for leftover in found if _is_left(storage, leftover)]
-    return VerifyReport(reports, records, leftovers, foreign, sample, meter.done, time.perf_counter() - begin)
+    read_bytes = meter.done - prover.repeated_bytes
+    return VerifyReport(reports, records, leftovers, foreign, sample, read_bytes, time.perf_counter() - begin)
 
 
 def _is_left(storage: Storage, leftover: Leftover) -> bool:
-    """Whether it still lies there: it may have been reclaimed while the store was listed and read."""
-    id = layout.try_id(leftover.id) if leftover.id else None
-    return id is None or bool(storage.list(layout.folder(id)))
+    """Whether some of it still lies there: it may have been reclaimed while the store was listed and read."""
+    id = leftover.order
+    return id is None or not {entry.key for entry in storage.list(layout.folder(id))}.isdisjoint(leftover.keys)
 
 
 @dataclass
 class _Findings:
-    checkpoint: Checkpoint
-    damages: list[Damage] = field(default_factory=list)
+    """What is wrong with one data file, or with a checkpoint's records."""
+
+    found: list[tuple[CheckpointError, Sequence[str]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, error: CheckpointError, tensors: Sequence[str] = ()) -> None:
-        block = error.block if isinstance(error, IntegrityError) else None
-        damage = Damage(error.key or "", str(error), self.checkpoint.id, block, tuple(tensors))
         with self.lock:
-            self.damages.append(damage)
+            self.found.append((error, tensors))
+
+    def damages(self, checkpoint: Checkpoint) -> list[Damage]:
+        """The same as damage to ``checkpoint``."""
+        return [
+            Damage(e.key or "", str(e), checkpoint.id, e.block if isinstance(e, IntegrityError) else None, tuple(names))
+            for e, names in self.found
+        ]
 
 
-def _checkpoint(
-    storage: Storage, checkpoint: Checkpoint, sample: float, pool: BufferPool, threads: int, meter: Meter
-) -> CheckpointReport:
-    before = meter.done
-    found = _Findings(checkpoint)
-    try:
-        contents = read_contents(storage, checkpoint.record)
-        files = contents.files
-        _ = contents.tensors
-    except (IntegrityError, FormatError) as error:
-        found.add(error)
-        return CheckpointReport(checkpoint, found.damages, 0)
+@dataclass
+class _Prover:
+    """Reads checkpoints; a file that several need is read once, and its damage is damage to each of them."""
 
-    def damaged(task: BlockTask, error: CheckpointError) -> None:
-        found.add(error, task.file.names_in(task.number))
-        meter.add(task.file.entry.blocks[task.number].length)
+    storage: Storage
+    sample: float
+    pool: BufferPool
+    threads: int
+    meter: Meter
+    lenders: set[str]
+    proofs: dict[tuple[str, str], tuple[FileEntry, _Findings, int]] = field(default_factory=dict)
+    """By digest and key of a file that may be lent: what it was checked against, what was found, and bytes read."""
+    repeated_bytes: int = 0
 
-    def good(task: BlockTask, raw: memoryview) -> None:
-        meter.add(task.file.entry.blocks[task.number].length)
-
-    for file in files:
+    def checkpoint(self, checkpoint: Checkpoint) -> CheckpointReport:
+        before = self.meter.done
+        damages: list[Damage] = []
         try:
-            reader = open_file(storage, file, checkpoint.id)
+            contents = read_contents(self.storage, checkpoint.record)
+            files = contents.files
+            _ = contents.tensors
+        except (IntegrityError, FormatError) as error:
+            found = _Findings()
+            found.add(error)
+            return CheckpointReport(checkpoint, found.damages(checkpoint), 0)
+        for file in files:
+            damages += self._once(file, contents).damages(checkpoint)
+        damages.sort(key=lambda d: (d.key, d.block if d.block is not None else -1))
+        return CheckpointReport(checkpoint, damages, self.meter.done - before)
+
+    def _once(self, file: DataFile, contents: Contents) -> _Findings:
+        if file.entry.owner not in self.lenders:
+            return self._read(file, contents)
+        key = contents.digest, file.key
+        entry, found, read_bytes = self.proofs.get(key, (None, None, 0))
+        # Another entry for the same key is a lie or damage, and has to be proven by itself.
+        if found is not None and entry == file.entry:
+            self.repeated_bytes += read_bytes
+            self.meter.add(read_bytes)
+            return found
+        before = self.meter.done
+        found = self._read(file, contents)
+        self.proofs[key] = file.entry, found, self.meter.done - before
+        return found
+
+    def _read(self, file: DataFile, contents: Contents) -> _Findings:
+        found = _Findings()
+
+        def damaged(task: BlockTask, error: CheckpointError) -> None:
+            found.add(error, file.names_in(task.number))
+            self.meter.add(file.entry.blocks[task.number].length)
+
+        def good(task: BlockTask, raw: memoryview) -> None:
+            self.meter.add(file.entry.blocks[task.number].length)
+
+        try:
+            reader = open_file(self.storage, file, contents.commit.id)
         except IntegrityError as error:
             found.add(error, [file.name(index) for index in range(len(file.stream.rows))])
-            continue
+            return found
         # One file open at a time: a checkpoint may have more of them than a process may open.
         with closing(reader):
-            numbers = _sampled(len(file.entry.blocks), sample)
+            numbers = _sampled(len(file.entry.blocks), self.sample)
             tasks = (BlockTask(file, reader, number, []) for number in numbers)
-            check_blocks(contents, tasks, good, pool=pool, threads=threads, damaged=damaged)
-    damages = sorted(found.damages, key=lambda d: (d.key, d.block if d.block is not None else -1))
-    return CheckpointReport(checkpoint, damages, meter.done - before)
+            check_blocks(contents, tasks, good, pool=self.pool, threads=self.threads, damaged=damaged)
+        return found
 
 
 def _sampled(blocks: int, sample: float) -> Sequence[int]:
@@ -194,42 +223,3 @@ def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
             continue
         except (IntegrityError, FormatError) as error:
             yield Damage(entry.key, str(error))
-
-
-def sort_leftovers(entries: Iterable[Entry], catalogue: Catalogue) -> tuple[list[Leftover], list[str]]:
-    """What killed saves left, by id, and what is not ckptstore's at all."""
-    known = {c.order for c in (*catalogue.checkpoints, *catalogue.buried)}
-    known |= {id for d in catalogue.damaged if d.id and (id := layout.try_id(d.id))}
-    unfinished: dict[CheckpointId | None, list[Entry]] = {}
-    foreign = []
-    for entry in entries:
-        id = layout.folder_id(entry.key)
-        if not is_key(entry.key.removesuffix("/")):
-            # A file server's .nfs0001, a desktop's .DS_Store: no storage could be asked to delete it.
-            foreign.append(entry.key)
-        elif entry.key.rstrip("/").rpartition("/")[2].startswith(layout.TEMPORARY):
-            unfinished.setdefault(None if id in known else id, []).append(entry)
-        elif id is not None and id not in known:
-            unfinished.setdefault(id, []).append(entry)
-        elif not _ours(entry.key, id):
-            foreign.append(entry.key)
-    leftovers = [
-        Leftover(
-            str(id) if id else None, [e.key for e in found], sum(e.size for e in found), max(e.modified for e in found)
-        )
-        for id, found in unfinished.items()
-    ]
-    return leftovers, foreign
-
-
-def _ours(key: str, id: CheckpointId | None) -> bool:
-    if id is not None:
-        name = key.removeprefix(layout.folder(id))
-        return name == "manifest.json" or name.startswith("part-") or name.endswith((".safetensors", ".blocks"))
-    top = key.partition("/")[0] + "/"
-    if key == layout.STORE or (key.endswith("/") and top in _FOLDERS):
-        return True
-    return bool(layout.record_id(key) or layout.writer_number(key) or layout.hold_name(key)) or top == layout.CONTROL
-
-
-_FOLDERS = {layout.WRITERS, layout.COMMITS, layout.CHECKPOINTS, layout.HOLDS, layout.TRASH, layout.CONTROL}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.reader import read_tensors
 from ckptstore.store import Store
+from tests.integrity.borrowing import borrow, component
+from tests.integrity.stores import FolderRaw
 
 from .worker import Tensors, save, tensors
 
@@ -30,11 +32,20 @@ def opened(path: Path) -> Store:
 
 @dataclass(frozen=True)
 class Base:
-    """A store as it was before the fault: ``old`` must survive, ``new`` is the one to delete, if any."""
+    """A store as it was before the fault: ``old`` must survive, ``new`` is the one to delete, if any.
+
+    ``borrowed`` names the tensors that ``old`` has from ``new``.
+    """
 
     path: Path
     old: str | None
     new: str | None = None
+    borrowed: Set[str] = frozenset()
+
+    @property
+    def lent(self) -> Set[str]:
+        """Names of the files that ``old`` borrows."""
+        return set(map(component, self.borrowed))
 
     @property
     def operation(self) -> str:
@@ -70,6 +81,21 @@ def something_to_delete(path: Path) -> Base:
     return Base(path, old.id, new.id)
 
 
+def something_lent(path: Path) -> Base:
+    """A store with a checkpoint to delete, and one that borrows all but the smallest of its files."""
+    with opened(path) as store:
+        new = save(store, NEW)
+        own, borrowed = {"b/y": tensors(OLD)["b/y"]}, {"a/x", "c/z"}
+        old = borrow(store, FolderRaw(path), new, own, OLD, map(component, borrowed))
+    return Base(path, old.id, new.id, borrowed)
+
+
+def expected(base: Base, checkpoint: Checkpoint, *, large: bool) -> Tensors:
+    """What ``checkpoint`` holds."""
+    own = tensors(checkpoint.step, large=large and checkpoint.step == NEW)
+    return {**own, **{name: tensors(NEW)[name] for name in base.borrowed}} if checkpoint.id == base.old else own
+
+
 class _Sink:
     def __init__(self, length: int) -> None:
         self.data = bytearray(length)
@@ -103,6 +129,7 @@ def check(path: Path, base: Base, *, large: bool = False, there: str | None = No
     with opened(path) as store:
         found = _check_contents(store, base, large and base.new is None, there, gone)
         _check_goes_on(store, found)
+        _check_reclaimed(store, base, found)
     return any(checkpoint.step == NEW for checkpoint in found.values())
 
 
@@ -115,7 +142,7 @@ def _check_contents(
     assert gone not in found, "a deleted checkpoint is back"
     for checkpoint in [*found.values(), *store.deleted()]:
         assert checkpoint.step in (OLD, NEW)
-        assert read(store, checkpoint) == tensors(checkpoint.step, large=large and checkpoint.step == NEW)
+        assert read(store, checkpoint) == expected(base, checkpoint, large=large)
     if found:
         report = store.verify()
         assert report.ok, report.damages
@@ -135,3 +162,10 @@ def _check_goes_on(store: Store, found: Mapping[str, Checkpoint]) -> None:
     assert not report.leftovers
     assert not report.foreign
     assert [report.checkpoint.id for report in report.checkpoints] == [*sorted(found), saved.id]
+
+
+def _check_reclaimed(store: Store, base: Base, found: Mapping[str, Checkpoint]) -> None:
+    """Of a lender that was deleted, what is lent is there, and nothing else."""
+    if base.borrowed and base.new not in found:
+        left = {entry.key.rpartition("/")[2] for entry in store._storage.list(f"checkpoints/{base.new}/")}
+        assert left == base.lent

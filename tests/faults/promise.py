@@ -18,11 +18,13 @@ class Promise:
         log: the whole log of one operation.
         deletes: whether the operation deletes; the commit records that it makes are condemnations then.
         old: id of the checkpoint that was there and has to stay.
+        lent: names of the files that it borrows from another one.
     """
 
     log: Sequence[Event]
     deletes: bool
     old: str | None
+    lent: Set[str] = frozenset()
     whole: Counter[int] = field(default_factory=Counter)
     needed: dict[str, dict[str, int]] = field(default_factory=dict)
     condemned: set[str] = field(default_factory=set)
@@ -35,6 +37,9 @@ class Promise:
                 self.whole[event[1]] += 1
             elif event[0] in ("create", "link") and not event[2].startswith("tmp-"):
                 self._learn(disk.now(), event, operation=place >= begin(self.log))
+        for files in [files for id, files in self.needed.items() if self.lent and id != self.old]:
+            lent = {path: node for path, node in files.items() if path.rpartition("/")[2] in self.lent}
+            self.needed[self.old or ""].update(lent)
 
     def _learn(self, files: Files, event: Event, *, operation: bool) -> None:
         path = next(path for path, (node, _) in files.items() if path.endswith(event[2]) and node == event[3])

@@ -13,7 +13,7 @@ from .outcome import NEW, Base, check
 from .points import SEED, kinds, named, sampled
 from .processes import CHANGING, Fault, Result, Worker
 
-OPERATIONS = ["save", "first save", "delete"]
+OPERATIONS = ["save", "first save", "delete", "delete a lender"]
 BEFORE, AFTER = "signal=KILL", "signal=SEGV"
 STATUS = {BEFORE: -signal.SIGKILL, AFTER: -signal.SIGSEGV}
 
@@ -74,7 +74,7 @@ def test_killed_at_every_call(
     assert 0 < existing < len(chosen), "kills before and after the commit must both be among them"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ["save", "first save", "delete"])
 def test_killed_at_any_time_with_several_threads(
     worker: Worker, bases: dict[str, Base], tmp_path: Path, full: bool, operation: str
 ) -> None:

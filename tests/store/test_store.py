@@ -245,8 +245,10 @@ def test_delete_undelete_and_prune(url: str) -> None:
     assert store.prune().reclaimed == []
     assert store.undelete("step:1") == first
     store.delete(first.id)
+    lies_there = sum(entry.size for entry in store._storage.list(f"checkpoints/{first.id}/"))
     report = store.prune(grace_s=0)
-    assert (report.reclaimed, report.freed_bytes) == ([first.id], first.stored_bytes)
+    assert (report.reclaimed, report.freed_bytes) == ([first.id], lies_there)
+    assert lies_there > first.stored_bytes
     with pytest.raises(cs.NotFoundError, match="nothing"):
         store.undelete(first.id)
     assert [c.step for c in store.checkpoints()] == [2]
