@@ -128,25 +128,33 @@ def encode(raw: Buffer, segments: Segments, compressors: Sequence[Compress]) -> 
     layout = Layout.of(segments)
     assert sum(length for _, length in segments) == len(source), "segments cover the block"
     plans = _plans(source, layout, compressors)
-    end = layout.table_bytes + sum(map(_raw_bytes, layout.pieces, plans))
-    limit = int(len(source) * _WORTH)
-    if end > limit:
-        return None
-    out = np.empty(len(source), np.uint8)
-    parts = [source[begin:stop].tobytes() for begin, stop in layout.tails]
-    words = np.zeros(layout.table_bytes // 4, "<u4")
-    at, row = layout.table_bytes, 0
+    at = layout.table_bytes
+    end = at + sum(map(_raw_bytes, layout.pieces, plans))
+    out = np.empty(int(len(source) * _WORTH), np.uint8)
+    for begin, stop in layout.tails:
+        end = _append(out, end, source[begin:stop])
+    table: list[int] = []
     for piece, plan in zip(layout.pieces, plans, strict=True):
+        if end > len(out):
+            return None
         at, entry, frames = _encode_piece(source, piece, plan, out, at)
-        words[row : row + len(entry)] = entry
-        row += 1 + piece.item
-        parts += frames
-    out[: layout.table_bytes] = words.view(np.uint8)
-    rest = b"".join(parts)
-    if end + len(rest) > limit:
+        table += [*entry, *[0] * (1 + piece.item - len(entry))]
+        for frame in frames:
+            end = _append(out, end, np.frombuffer(frame, np.uint8))
+    if end > len(out):
         return None
-    out[end : end + len(rest)] = np.frombuffer(rest, np.uint8)
-    return out[: end + len(rest)].data
+    out[: layout.table_bytes] = 0
+    out[: 4 * len(table)] = np.array(table, "<u4").view(np.uint8)
+    return out[:end].data
+
+
+def _append(out: Bytes, end: int, data: Bytes) -> int:
+    """Where ``data`` end when put at ``end``; that may be beyond ``out``, and nothing is put there."""
+    stop = end + len(data)
+    if stop <= len(out):
+        # By NumPy, which lets other threads go on meanwhile.
+        np.copyto(out[end:stop], data)
+    return stop
 
 
 def _raw_bytes(piece: Piece, plan: Plan) -> int:

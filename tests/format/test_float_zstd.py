@@ -92,6 +92,13 @@ def test_mixed_segments(segments: Segments, seed: int, level: int) -> None:
     round_trip(raw, segments, level)
 
 
+@pytest.mark.parametrize("level", [-7, 3, 12, 19])
+def test_levels_and_whole_pieces(level: int) -> None:
+    """A frame needs no larger window than a piece, whatever the level."""
+    steps = np.arange(PIECE_BYTES // 4, dtype="<i8") // 3
+    assert round_trip(steps.tobytes(), [("I64", steps.nbytes)], level)[0] == "float-zstd"
+
+
 def test_neighbours_of_one_size_are_one_run() -> None:
     """Thousands of small tensors of alternating types cost no more than a large one."""
     raw = weights(1 << 18)
