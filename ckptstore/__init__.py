@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptstore.engine.background import SaveHandle, TornReadWarning
     from ckptstore.engine.catalogue import Checkpoint, Damage
     from ckptstore.engine.damage import DamageWarning, FallbackWarning
     from ckptstore.engine.loader import Loaded
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ckptstore.maintenance.verify import VerifyReport
     from ckptstore.state.registry import register_type
     from ckptstore.state.rng import RNG
+    from ckptstore.state.staging import fence
     from ckptstore.store import Store, open
 
 __version__ = "0.1.0"
@@ -55,14 +57,17 @@ __all__ = [
     "NotFoundError",
     "PruneReport",
     "SaveFailedError",
+    "SaveHandle",
     "StaleWriterError",
     "StateError",
     "StorageError",
     "StorageFullError",
     "Store",
+    "TornReadWarning",
     "UnavailableError",
     "VerifyReport",
     "__version__",
+    "fence",
     "open",
     "register_type",
 ]
@@ -73,7 +78,9 @@ _HOMES = {
     "ckptstore.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "ckptstore.maintenance.prune": ("PruneReport",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
+    "ckptstore.engine.background": ("SaveHandle", "TornReadWarning"),
     "ckptstore.state.rng": ("RNG",),
+    "ckptstore.state.staging": ("fence",),
     "ckptstore.state.registry": ("register_type",),
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
     "ckptstore.store": ("Store", "open"),

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-import threading
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeAlias, overload
 
-from ckptstore.engine.buffers import POOL_BYTES, BufferPool
+from ckptstore.engine.background import SaveHandle
+from ckptstore.engine.buffers import POOL_BYTES, BufferPool, StagingArea
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
-from ckptstore.engine.claim import Claim
 from ckptstore.engine.collector import collector_paused
+from ckptstore.engine.compressor import Compressor
 from ckptstore.engine.damage import FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
+from ckptstore.engine.dispatcher import Dispatcher
+from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.reader import Contents, read_contents
-from ckptstore.engine.saver import Captured, Facts, Saver
-from ckptstore.engine.workers import Progress, default_threads
+from ckptstore.engine.saver import Tools
+from ckptstore.engine.workers import Progress, cores, default_threads
 from ckptstore.errors import (
     CheckpointError,
     FormatError,
     IntegrityError,
-    SaveFailedError,
     StaleWriterError,
     StateError,
     StorageError,
@@ -35,6 +37,9 @@ from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.verify import VerifyReport, verify
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
+from ckptstore.units import size_bytes
+
+SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
 
 
 class Store:
@@ -49,17 +54,20 @@ class Store:
         compression: str,
         pool_bytes: int,
         threads: int,
+        max_staging_bytes: int | None,
     ) -> None:
         self._storage = storage
         self._read_only = read_only
         self._shared = shared
-        self._compression = parse_compression(compression)
-        self._pool = BufferPool(pool_bytes)
-        self._threads = threads
-        # Reentrant: a signal handler that saves may run in the midst of a save of its own thread.
-        self._saving = threading.RLock()
+        self._tools = Tools(
+            storage,
+            BufferPool(pool_bytes),
+            StagingArea(max_staging_bytes),
+            threads,
+            Compressor(parse_compression(compression), min(threads, cores())),
+        )
         self._finder = Finder(storage, read_only=read_only)
-        self._claim = Claim(storage, shared=shared)
+        self._dispatcher = Dispatcher(self._tools, self._finder, shared=shared, check_writable=self._check_writable)
         self._pid = os.getpid()
         self._closed = False
 
@@ -77,14 +85,73 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            # What happened inside the block is the cause that its reader looks for.
+            error.add_note(f"besides, a save in the background failed: {failed}")
 
     def close(self) -> None:
-        """Release what the store holds open. Safe to call twice."""
-        self._closed = True
-        self._storage.close()
+        """Wait for the save in the background, and release what the store holds open. Safe to call twice.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: that save failed, and nobody has been told.
+        """
+        try:
+            if os.getpid() == self._pid:
+                self._dispatcher.background.settle()
+        finally:
+            self._closed = True
+            self._tools.area.trim()
+            self._storage.close()
 
     # -- saving ------------------------------------------------------------------------------------------
+
+    @overload
+    def save(
+        self,
+        state: object,
+        *,
+        step: int,
+        epoch: int | None = ...,
+        metrics: Mapping[str, Any] | None = ...,
+        modes: Mapping[str, Literal["min", "max"]] | None = ...,
+        reasons: Iterable[str] = ...,
+        mode: Literal["sync"] = ...,
+        progress: Progress | None = ...,
+    ) -> Checkpoint: ...
+
+    @overload
+    def save(
+        self,
+        state: object,
+        *,
+        step: int,
+        epoch: int | None = ...,
+        metrics: Mapping[str, Any] | None = ...,
+        modes: Mapping[str, Literal["min", "max"]] | None = ...,
+        reasons: Iterable[str] = ...,
+        mode: Literal["async", "overlapped"],
+        when_busy: Literal["wait"] = ...,
+        progress: Progress | None = ...,
+    ) -> SaveHandle: ...
+
+    @overload
+    def save(
+        self,
+        state: object,
+        *,
+        step: int,
+        epoch: int | None = ...,
+        metrics: Mapping[str, Any] | None = ...,
+        modes: Mapping[str, Literal["min", "max"]] | None = ...,
+        reasons: Iterable[str] = ...,
+        mode: SaveMode = ...,
+        when_busy: Literal["wait", "skip"],
+        progress: Progress | None = ...,
+    ) -> Checkpoint | SaveHandle | None: ...
 
     def save(
         self,
@@ -95,9 +162,11 @@ class Store:
         metrics: Mapping[str, Any] | None = None,
         modes: Mapping[str, Literal["min", "max"]] | None = None,
         reasons: Iterable[str] = (),
+        mode: SaveMode = "sync",
+        when_busy: Literal["wait", "skip"] = "wait",
         progress: Progress | None = None,
-    ) -> Checkpoint:
-        """Save ``state`` as a new checkpoint; on return it is durable, read back and the ``latest``.
+    ) -> Checkpoint | SaveHandle | None:
+        """Save ``state`` as a new checkpoint, the ``latest`` as soon as it is durable and read back.
 
         Args:
             state: any nesting of dicts, lists, tensors, modules, optimizers, objects with ``state_dict``,
@@ -107,35 +176,41 @@ class Store:
             metrics: numbers by name, for ``best:NAME`` and for people.
             modes: for metrics whose name doesn't tell, whether "min" or "max" is best.
             reasons: why it is saved.
+            mode: "sync" returns when the checkpoint is durable. "async" returns when the state is copied, and saves in
+                the background. "overlapped" copies only what may change before the next step of the state's optimizers
+                (see ``fence``), and reads the rest while the next forward and backward pass runs.
+            when_busy: what to do while a save in the background runs: "wait" for its end, or "skip" this one.
             progress: called with (bytes done, bytes in all), from any thread.
+
+        Returns:
+            The checkpoint; in the background a ``SaveHandle``; None where this save was skipped.
 
         Raises:
             StateError: something in ``state`` can't be stored; nothing was written.
-            SaveFailedError: certainly not saved; ``__cause__`` says why. Older checkpoints are untouched.
+            SaveFailedError: certainly not saved; ``__cause__`` says why. Older checkpoints are untouched. Or the save
+                in the background before this one failed, and nobody was told; this one wasn't begun then.
             CommitUnknownError: may be saved; ``resolve(error.id)`` settles it.
             StaleWriterError: a newer run has opened this store for writing.
         """
+        began = time.perf_counter()
+        if mode not in ("sync", "async", "overlapped") or when_busy not in ("wait", "skip"):
+            raise StateError(
+                f"mode={mode!r}, when_busy={when_busy!r}: mode is 'sync', 'async' or 'overlapped', when_busy 'wait' or "
+                "'skip'",
+                path="mode",
+            )
         facts = Facts.of(step, epoch, metrics or {}, modes or {}, reasons)
         self._check_writable()
+        if when_busy == "skip" and self._dispatcher.background.busy():
+            return None
+        self._dispatcher.background.settle()
         from ckptstore.state.capture import capture
 
         with collector_paused():
             captured = capture(state)
-        return self._save_captured(captured, facts, progress)
-
-    def _save_captured(self, captured: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
-        with self._saving:
-            # Again: capturing takes time, in which another thread may have closed the store.
-            self._check_writable()
-            try:
-                store, id = self._claim.next_id(facts.step, self._finder.scan)
-            except StorageError as error:
-                message = f"step {facts.step} was not saved: {error}. Older checkpoints are untouched"
-                raise SaveFailedError(message, step=facts.step) from error
-            fence = self._claim.check_fence
-            saver = Saver(self._storage, store, self._pool, self._threads, self._compression, fence)
-            record = saver.save(id, captured, facts, progress)
-        return Checkpoint.of(record)
+        if mode == "sync":
+            return self._dispatcher.save(captured, facts, progress)
+        return self._dispatcher.save_behind(captured, facts, progress, mode=mode, began=began)
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -228,7 +303,12 @@ class Store:
         if selector == "latest":
             skipped |= {d.id: as_error(d) for d in catalogue.damaged if d.id and is_newer(d, first)}
         candidates = reversed(catalogue.checkpoints) if selector == "latest" else [first]
-        loader = Loader(self._storage, self._pool, self._threads, progress)
+        if into is not None:
+            from ckptstore.state.staging import fence_all
+
+            # Loading writes to memory directly, unseen by hooks and version counters.
+            fence_all()
+        loader = Loader(self._storage, self._tools.pool, self._tools.threads, progress)
         for checkpoint in candidates:
             try:
                 if into is None:
@@ -286,8 +366,8 @@ class Store:
             chosen,
             entries=entries,
             sample=sample,
-            pool=self._pool,
-            threads=self._threads,
+            pool=self._tools.pool,
+            threads=self._tools.threads,
             progress=progress,
         )
 
@@ -358,8 +438,8 @@ class Store:
             StorageError: nothing is deleted on an incomplete listing.
         """
         self._check_writable()
-        with self._saving:
-            own = self._claim.number if not self._shared else None
+        with self._dispatcher.lock:
+            own = self._dispatcher.claim.number if not self._shared else None
             return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own)
 
 
@@ -370,6 +450,7 @@ def open(
     shared: bool = False,
     compression: str = "none",
     pool_bytes: int = POOL_BYTES,
+    max_staging: int | str | None = None,
     threads: int | None = None,
 ) -> Store:
     """Open the store at ``url``; nothing is created before the first save.
@@ -378,13 +459,17 @@ def open(
         url: a path, ``file:///path`` or ``memory://name``.
         read_only: for people who only look: every change is refused, and a missing store is an error.
         shared: let several processes save side by side; without it the newest to save owns the store.
-        compression: "none", "zstd" or "zstd:LEVEL".
+        compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
+            faster.
         pool_bytes: memory for blocks in flight, in bytes.
+        max_staging: most memory for copies of the state, as bytes or text like "2GB"; where it doesn't suffice, saves
+            in the background keep their caller waiting. None: as much as the state takes.
         threads: blocks worked on at a time; by default one more than there are cores.
 
     Raises:
         StorageError: the place can't be used, or no such scheme.
         NotFoundError: ``read_only`` and nothing there.
+        FormatError: an option that can't be.
     """
     if threads is not None and threads < 1:
         raise FormatError(f"threads={threads} must be at least 1")
@@ -392,6 +477,7 @@ def open(
         raise FormatError(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
+    max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     storage = open_storage(os.fspath(url), read_only=read_only)
     return Store(
         storage,
@@ -400,4 +486,5 @@ def open(
         compression=compression,
         pool_bytes=pool_bytes,
         threads=threads or default_threads(),
+        max_staging_bytes=max_staging_bytes,
     )

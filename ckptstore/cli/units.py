@@ -6,13 +6,14 @@ import re
 
 import click
 
+from ckptstore import units
+from ckptstore.errors import FormatError
+
 _NUMBER = r"(\d{1,15}(?:\.\d{1,9})?)"
 _DURATION = re.compile(_NUMBER + r"([smhd])", re.ASCII)
-_SIZE = re.compile(_NUMBER + r"(?:([kKMGT])(i?))?B", re.ASCII)
 _SHARE = re.compile(_NUMBER + r"(%?)", re.ASCII)
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
-_POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def duration_s(text: str) -> float:
@@ -33,11 +34,10 @@ def size_bytes(text: str) -> int:
     Raises:
         click.BadParameter: anything else.
     """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is no size; write a number and a unit, as 100MB, 1GB or 1GiB")
-    unit: int = (1024 if match[3] else 1000) ** _POWERS[match[2]]
-    return round(float(match[1]) * unit)
+    try:
+        return units.size_bytes(text)
+    except FormatError as error:
+        raise click.BadParameter(str(error).removeprefix("size: ")) from error
 
 
 def share(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The bounded pool of aligned buffers through which every byte goes, both ways."""
+"""Aligned buffers of one block: the bounded pool through which every byte goes, and room for copies of the state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ckptstore.format.tensorfile import BLOCK_BYTES
 
 POOL_BYTES = 64 << 20
 _GIL_WORTH_RELEASING_BYTES = 1 << 16
+
+Buffer: TypeAlias = mmap.mmap
+"""16 MiB that begin on a page, as direct I/O demands."""
 
 
 class BufferPool:
@@ -28,12 +32,12 @@ class BufferPool:
     def __init__(self, total_bytes: int = POOL_BYTES) -> None:
         self.buffers = max(2, total_bytes // BLOCK_BYTES)
         self.forget()
-        _pools.add(self)
+        _forgetful.add(self)
 
     def forget(self) -> None:
         """Begin anew, with no buffer allocated and none on lease."""
         self._unallocated = self.buffers
-        self._free: list[mmap.mmap] = []
+        self._free: list[Buffer] = []
         self._changed = threading.Condition()
 
     @contextmanager
@@ -46,21 +50,78 @@ class BufferPool:
         finally:
             for view in views:
                 view.release()
-            with self._changed:
-                self._free += maps
-                self._changed.notify_all()
+            self._give_back(maps)
 
-    def _take(self, count: int) -> list[mmap.mmap]:
+    def take(self) -> Buffer:
+        """One buffer, as soon as one is free; ``give_back`` must follow."""
+        return self._take(1)[0]
+
+    def give_back(self, buffer: Buffer) -> None:
+        """The inverse of ``take``."""
+        self._give_back([buffer])
+
+    def _take(self, count: int) -> list[Buffer]:
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) + self._unallocated >= count)
             while len(self._free) < count:
-                # Anonymous maps begin on a page, as direct I/O demands. Counted only when it is there: memory may lack.
+                # Counted only when it is there: memory may lack.
                 self._free.append(_allocated())
                 self._unallocated -= 1
             return [self._free.pop() for _ in range(count)]
 
+    def _give_back(self, buffers: list[Buffer]) -> None:
+        with self._changed:
+            self._free += buffers
+            self._changed.notify_all()
 
-def _allocated() -> mmap.mmap:
+
+class StagingArea:
+    """Room for copies of a state, one buffer a block, used again from save to save.
+
+    Args:
+        limit_bytes: upper bound of the memory held, at least one block; None: as much as the state takes.
+
+    Attributes:
+        changed: notified when a buffer is given back; hold it around ``try_take``.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit = None if limit_bytes is None else max(1, limit_bytes // BLOCK_BYTES)
+        self.forget()
+        _forgetful.add(self)
+
+    def forget(self) -> None:
+        """Begin anew, with no buffer allocated and none taken."""
+        self.changed = threading.Condition()
+        self._free: list[Buffer] = []
+        self._taken = 0
+
+    def try_take(self) -> Buffer | None:
+        """A buffer, or None where the bound is reached or the machine has no more memory: wait for ``changed``."""
+        with self.changed:
+            if self._limit is not None and self._taken >= self._limit:
+                return None
+            try:
+                buffer = self._free.pop() if self._free else _allocated()
+            except StorageError:
+                return None
+            self._taken += 1
+            return buffer
+
+    def give_back(self, buffer: Buffer) -> None:
+        """The inverse of ``try_take``."""
+        with self.changed:
+            self._free.append(buffer)
+            self._taken -= 1
+            self.changed.notify_all()
+
+    def trim(self) -> None:
+        """Give the memory that is not in use back to the system."""
+        with self.changed:
+            self._free.clear()
+
+
+def _allocated() -> Buffer:
     try:
         return mmap.mmap(-1, BLOCK_BYTES)
     except OSError as error:
@@ -69,12 +130,12 @@ def _allocated() -> mmap.mmap:
         ) from error
 
 
-_pools: weakref.WeakSet[BufferPool] = weakref.WeakSet()
+_forgetful: weakref.WeakSet[BufferPool | StagingArea] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
-    for pool in list(_pools):
-        pool.forget()
+    for holder in list(_forgetful):
+        holder.forget()
 
 
 # The maps stay shared with a forked child: what it loads would overwrite the blocks that its parent is saving.

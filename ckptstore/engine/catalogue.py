@@ -32,6 +32,7 @@ class Checkpoint:
         parameters: elements in the parameters of all modules.
         tensors, files: how many it holds.
         raw_bytes, stored_bytes: size in memory and on storage.
+        borrowed_bytes: those of ``stored_bytes`` that lie with an older checkpoint, because they haven't changed since.
         world_size: ranks that wrote it.
     """
 
@@ -47,6 +48,7 @@ class Checkpoint:
     files: int
     raw_bytes: int
     stored_bytes: int
+    borrowed_bytes: int
     world_size: int
     record: CommitRecord = field(repr=False, compare=False)
 
@@ -74,6 +76,7 @@ class Checkpoint:
             files=record.files,
             raw_bytes=record.raw_bytes,
             stored_bytes=record.stored_bytes,
+            borrowed_bytes=record.borrowed_bytes,
             world_size=record.world_size,
             record=record,
         )

@@ -28,6 +28,7 @@ from ckptstore.format.records import (
     CommitRecord,
     CondemnedRecord,
     StoreRecord,
+    TombstoneRecord,
     WriterRecord,
     now,
     seal,
@@ -194,3 +195,13 @@ def condemn(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> b
     except ExistsError:
         return isinstance(read_fate(storage, id), CondemnedRecord)
     return True
+
+
+def bury(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> None:
+    """Put a tombstone beside the commit record.
+
+    Raises:
+        ExistsError: there is one already.
+    """
+    record = TombstoneRecord(store_id=store_id, id=str(id), created=now(), reason=reason[:1000])
+    storage.create(layout.tombstone_key(id), seal(record))

@@ -290,7 +290,7 @@ def _read_checked(contents: Contents, task: BlockTask, entry: BlockEntry, buffer
 
 
 def _check(contents: Contents, task: BlockTask, expected: str, data: memoryview) -> None:
-    actual = block_digest(contents.digest)(data)
+    actual = block_digest(contents.digest, data)
     if actual != expected:
         raise _damage(contents, task, expected, actual, "has other bytes than were saved")
 

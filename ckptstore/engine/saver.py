@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from ckptstore.engine.buffers import BufferPool
+from ckptstore.engine.borrow import Lender, check_files, is_safe, owners
+from ckptstore.engine.buffers import BufferPool, StagingArea
 from ckptstore.engine.collector import collector_paused
-from ckptstore.engine.commit import commit
-from ckptstore.engine.select import default_mode
-from ckptstore.engine.workers import Progress
-from ckptstore.engine.writer import Source, write_files
-from ckptstore.errors import (
-    CheckpointError,
-    NotFoundError,
-    SaveFailedError,
-    StaleWriterError,
-    StateError,
-    StorageError,
-)
+from ckptstore.engine.commit import bury, commit
+from ckptstore.engine.compressor import Compressor
+from ckptstore.engine.facts import Facts
+from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
+from ckptstore.engine.stage import Stage, StateMoved
+from ckptstore.engine.workers import Crew, Meter, Progress
+from ckptstore.engine.writer import equals, write_files
+from ckptstore.errors import CheckpointError, ExistsError, SaveFailedError, StaleWriterError, StateError, StorageError
 from ckptstore.format import layout
-from ckptstore.format.codecs import Compression
 from ckptstore.format.digest import sha256
-from ckptstore.format.layout import CheckpointId
+from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import (
     PART_LIMIT,
     CommitRecord,
@@ -44,6 +39,8 @@ from ckptstore.format.records import (
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.storage.base import Storage, is_key
 
+_UNKNOWN = Sealed256(size=1 << 40, sha256="0" * 64)
+
 
 class Captured(Protocol):
     """A state taken apart: what ``state.capture`` gives."""
@@ -56,73 +53,175 @@ class Captured(Protocol):
     def parameters(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a person says of a checkpoint; it stands in the commit record."""
+@dataclass
+class Tools:
+    """What saves into one storage share.
 
-    step: int
-    epoch: int | None
-    metrics: dict[str, float]
-    modes: dict[str, str]
-    reasons: Sequence[str]
+    Attributes:
+        pool: buffers for blocks on their way.
+        area: room for copies of the state.
+        threads: that work at a time.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        step: int,
-        epoch: int | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        modes: Mapping[str, str] | None = None,
-        reasons: Iterable[str] = (),
-    ) -> Facts:
-        """What the user said, checked.
+    storage: Storage
+    pool: BufferPool
+    area: StagingArea
+    threads: int
+    compressor: Compressor
 
-        Raises:
-            StateError: naming what is no step, no number, no mode.
-        """
-        values, modes = {name: _number(name, value) for name, value in (metrics or {}).items()}, modes or {}
-        for name, mode in modes.items():
-            if mode not in ("min", "max") or name not in values:
-                raise StateError(f"modes: {name!r}: {mode!r} must be 'min' or 'max', for a metric given", path="modes")
-        texts = [] if isinstance(reasons, str) else list(reasons)
-        if isinstance(reasons, str) or not all(isinstance(text, str) for text in texts):
-            raise StateError("reasons must be a list of texts", path="reasons")
-        return cls(
-            _whole(step, "step"),
-            None if epoch is None else _whole(epoch, "epoch"),
-            values,
-            {name: modes.get(name) or default_mode(name) for name in values},
-            texts,
-        )
+    def plan(self, state: Captured) -> Plan:
+        """The files that ``state`` makes."""
+        with collector_paused():
+            return Plan(state.sources, encoded=self.compressor.encodes)
+
+    def stage(self, plan: Plan, *, safe: Change = Change.ALL) -> Stage:
+        """Where the blocks of ``plan`` are taken from; ``safe`` as in ``Stage``."""
+        return Stage(plan, self.pool, self.area, safe=safe)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be saved, and why."""
+
+    state: Captured
+    facts: Facts
+    crew: Crew
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves into one storage under one writer's number."""
+    """Saves under one writer's number.
 
-    storage: Storage
+    Attributes:
+        lender: the checkpoint saved before, whose unchanged files are borrowed; None to write everything.
+        another_id: a fresh id, where one does not suffice.
+    """
+
+    tools: Tools
     store: StoreRecord
-    pool: BufferPool
-    threads: int
-    compression: Compression
+    lender: Lender | None
     check_fence: Callable[[], None]
+    another_id: Callable[[], CheckpointId]
 
-    def save(self, id: CheckpointId, state: Captured, facts: Facts, progress: Progress | None = None) -> CommitRecord:
-        """Write and commit ``state`` as ``id``.
+    def save(self, id: CheckpointId, job: Job, stage: Stage) -> Lender:
+        """Write and commit the state as ``id``; the new checkpoint, as the next one's lender.
 
         Raises:
             SaveFailedError: certainly not committed; what was written is removed as far as possible.
             CommitUnknownError: nothing was removed.
             StaleWriterError: a newer writer owns the store.
+            StateMoved: a tensor was written to while it was read in place; nothing is left of this attempt.
         """
         # The record has a size limit: better told now than after writing the data.
-        seal(self._record(id, state, facts, [], Sealed256(size=1 << 40, sha256="0" * 64)))
+        seal(self._record(id, job, [], _UNKNOWN))
+        files: list[FileEntry] = []
+
+        def write() -> Sealed256:
+            files.extend(self._files(id, job, stage))
+            return self._describe(id, job, files)
+
+        record = self._commit(id, job, files, write, last_look=stage.check)
+        borrowed = [file for file in files if file.owner != str(id)]
+        if borrowed and self.lender is not None and not is_safe(self.tools.storage, self.lender, borrowed):
+            record, files = self._rewrite(record, job, stage.plan, files)
+        return Lender.of(record, self.store.digest, files)
+
+    def _files(self, id: CheckpointId, job: Job, stage: Stage) -> list[FileEntry]:
+        meter = Meter(stage.plan.raw_bytes, job.progress)
+        borrowed = self._borrow(job, stage, meter)
+        files = [file for file in stage.plan.files if file not in borrowed]
+        written = self._write(id, job, stage, files, meter)
+        entries = borrowed | dict(zip(files, written, strict=True))
+        return [entries[file] for file in stage.plan.files]
+
+    def _write(
+        self, id: CheckpointId, job: Job, stage: Stage, files: Sequence[PlannedFile], meter: Meter
+    ) -> list[FileEntry]:
+        return write_files(
+            self.tools.storage,
+            id,
+            stage,
+            files,
+            digest=self.store.digest,
+            compressor=self.tools.compressor,
+            crew=job.crew,
+            meter=meter,
+        )
+
+    def _borrow(self, job: Job, stage: Stage, meter: Meter) -> dict[PlannedFile, FileEntry]:
+        """The files that the lender has already."""
+        found: dict[PlannedFile, FileEntry] = {}
+        lender = self.lender
+        if lender is None or lender.digest != self.store.digest:
+            return found
+        for file in stage.plan.files:
+            entry = lender.candidate(file, job.facts.step)
+            if entry is None or not is_safe(self.tools.storage, lender, [entry]):
+                continue
+            if equals(stage, file, entry, digest=self.store.digest, crew=job.crew):
+                stage.drop(file)
+                found[file] = entry
+                meter.add(file.stream.raw_bytes)
+        return found
+
+    def _rewrite(
+        self, first: CommitRecord, job: Job, plan: Plan, files: Sequence[FileEntry]
+    ) -> tuple[CommitRecord, list[FileEntry]]:
+        """The lender was deleted while ``first`` borrowed from it: what was borrowed is written after all.
+
+        Under an id of its own, as nothing is overwritten. That borrows in turn what ``first`` wrote itself, whose live
+        tensors may have changed since; then ``first`` is buried.
+        """
+        id, again = parse_id(first.id), self.another_id()
+        part = plan.only([file for file, entry in zip(plan.files, files, strict=True) if entry.owner != str(id)])
+        own = {entry.name: entry for entry in files if entry.owner == str(id)}
+        entries: list[FileEntry] = []
+
+        def write() -> Sealed256:
+            stage = self.tools.stage(part)
+            fresh = self._write(again, job, stage, part.files, Meter(part.raw_bytes, None))
+            before = {entry.name: [block.digest for block in entry.blocks] for entry in files}
+            if any([block.digest for block in entry.blocks] != before[entry.name] for entry in fresh):
+                raise SaveFailedError(
+                    f"{id} was not saved: the checkpoint from which it borrowed unchanged files was deleted meanwhile, "
+                    "and they have changed since; save again",
+                    id=str(id),
+                    step=id.step,
+                )
+            found = own | {entry.name: entry for entry in fresh}
+            entries.extend(found[file.name] for file in files)
+            return self._describe(again, job, entries)
+
+        lost = "the checkpoint from which it borrowed was deleted while it was saved"
         try:
-            files, manifest = self._write(id, state, progress)
-            record = self._record(id, state, facts, files, manifest)
+            record = self._commit(again, job, entries, write, last_look=lambda: None)
+            broken = Lender.of(first, self.store.digest, files)
+            if own and not is_safe(self.tools.storage, broken, list(own.values())):
+                bury(self.tools.storage, again, self.store.store_id, lost)
+                raise SaveFailedError(f"{again} was not saved: {lost}; save again", id=str(again), step=again.step)
+        finally:
+            with contextlib.suppress(ExistsError):
+                bury(self.tools.storage, id, self.store.store_id, lost)
+        return record, entries
+
+    # -- the order that every commit follows -------------------------------------------------------------
+
+    def _commit(
+        self,
+        id: CheckpointId,
+        job: Job,
+        files: Sequence[FileEntry],
+        write: Callable[[], Sealed256],
+        last_look: Callable[[], None],
+    ) -> CommitRecord:
+        try:
+            manifest = write()
+            record = self._record(id, job, files, manifest)
             # Its numbers are longer now than in the first try.
             seal(record)
-            self._recheck(id, files)
+            check_files(self.tools.storage, id, files)
+            last_look()
             self.check_fence()
         except BaseException as error:
             self._discard(id)
@@ -130,37 +229,25 @@ class Saver:
             if failed is error:
                 raise
             raise failed from error
-        self._commit(id, record)
-        return record
-
-    def _commit(self, id: CheckpointId, record: CommitRecord) -> None:
         # From here on only a certain failure removes anything: an interrupt, too, may come after the effect.
         try:
-            commit(self.storage, id, record)
+            commit(self.tools.storage, id, record)
         except SaveFailedError:
             self._discard(id)
             raise
         except StorageError as error:
             self._discard(id)
             raise _failed(id, error) from error
+        return record
 
     def _discard(self, id: CheckpointId) -> None:
         with contextlib.suppress(CheckpointError):
-            discard(self.storage, id)
+            discard(self.tools.storage, id)
 
-    def _write(self, id: CheckpointId, state: Captured, progress: Progress | None) -> tuple[list[FileEntry], Sealed256]:
-        files = write_files(
-            self.storage,
-            id,
-            state.sources,
-            digest=self.store.digest,
-            compression=self.compression,
-            pool=self.pool,
-            threads=self.threads,
-            progress=progress,
-        )
+    def _describe(self, id: CheckpointId, job: Job, files: Sequence[FileEntry]) -> Sealed256:
+        """Write part and manifest; size and digest of the manifest."""
         with collector_paused():
-            part = to_json(PartRecord(id=str(id), rank=0, files=files, tree=state.tree))
+            part = to_json(PartRecord(id=str(id), rank=0, files=list(files), tree=job.state.tree))
         if len(part) > PART_LIMIT:
             raise StateError(
                 f"{id} was not saved: what is no tensor takes {len(part)} bytes of JSON, tensor tables included, "
@@ -168,7 +255,7 @@ class Saver:
                 id=str(id),
                 step=id.step,
             )
-        self.storage.create(layout.part_key(id, 0), part)
+        self.tools.storage.create(layout.part_key(id, 0), part)
         manifest = to_json(
             ManifestRecord(
                 store_id=self.store.store_id,
@@ -179,29 +266,11 @@ class Saver:
                 parts=[PartEntry(rank=0, size=len(part), sha256=sha256(part))],
             )
         )
-        self.storage.create(layout.manifest_key(id), manifest)
-        return files, Sealed256(size=len(manifest), sha256=sha256(manifest))
+        self.tools.storage.create(layout.manifest_key(id), manifest)
+        return Sealed256(size=len(manifest), sha256=sha256(manifest))
 
-    def _recheck(self, id: CheckpointId, files: Iterable[FileEntry]) -> None:
-        """Somebody who took this save for dead may have begun to collect it."""
-        for file in files:
-            key = layout.file_key(id, file.name)
-            try:
-                size = self.storage.size(key)
-            except NotFoundError as error:
-                raise SaveFailedError(
-                    f"{key} disappeared while it was being saved, as when prune takes it for a leftover; save again",
-                    id=str(id),
-                    step=id.step,
-                ) from error
-            if size != file.stored_bytes:
-                raise SaveFailedError(
-                    f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step
-                )
-
-    def _record(
-        self, id: CheckpointId, state: Captured, facts: Facts, files: Sequence[FileEntry], manifest: Sealed256
-    ) -> CommitRecord:
+    def _record(self, id: CheckpointId, job: Job, files: Sequence[FileEntry], manifest: Sealed256) -> CommitRecord:
+        facts = job.facts
         return validate(
             CommitRecord,
             {
@@ -213,14 +282,15 @@ class Saver:
                 "modes": facts.modes,
                 "reasons": list(facts.reasons),
                 "created": now(),
-                "parameters": state.parameters,
-                "tensors": len(state.sources),
+                "parameters": job.state.parameters,
+                "tensors": len(job.state.sources),
                 "files": len(files),
                 "raw_bytes": sum(block.raw for file in files for block in file.blocks),
                 "stored_bytes": sum(file.stored_bytes for file in files),
+                "borrowed_bytes": sum(file.stored_bytes for file in files if file.owner != str(id)),
                 "world_size": 1,
                 "manifest": manifest,
-                "lenders": [],
+                "lenders": owners(id, files),
             },
             f"the record of {id}",
         )
@@ -235,29 +305,11 @@ def discard(storage: Storage, id: CheckpointId) -> None:
 
 def _failed(id: CheckpointId, error: BaseException) -> BaseException:
     """The error to raise for ``error``: the kinds that say enough, and interrupts, stay as they are."""
-    if isinstance(error, SaveFailedError | StaleWriterError | StateError) or not isinstance(error, Exception):
+    says_enough = SaveFailedError | StaleWriterError | StateError | StateMoved
+    if isinstance(error, says_enough) or not isinstance(error, Exception):
         return error
     return SaveFailedError(
         f"{id} was not saved: {error}. Older checkpoints are untouched; free the cause and save again",
         id=str(id),
         step=id.step,
     )
-
-
-def _whole(value: int, name: str) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 10**15:
-        raise StateError(f"{name}={value!r} must be an int from 0 to 10**15 - 1", path=name)
-    return number
-
-
-def _number(name: object, value: Any) -> float:
-    if not isinstance(name, str):
-        raise StateError(f"metrics: the name {name!r:.100} is no text", path="metrics")
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise StateError(f"metric {name!r} is {value!r:.100}, no number", path=f"metrics/{name}") from error

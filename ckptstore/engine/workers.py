@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -14,12 +16,38 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from any thread, one call at a time."""
 
 
+_LOWEST_PRIORITY = 19
+
+
+def cores() -> int:
+    """Processor cores that this process may use, at most 8: more don't copy faster."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, allowed)
+
+
 def default_threads() -> int:
     """One more than the cores, so that the disk has work while every core hashes; 2 to 8."""
-    return max(2, min(8, (os.cpu_count() or 1) + 1))
+    return max(2, min(8, cores() + 1))
 
 
-def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
+@dataclass(frozen=True)
+class Crew:
+    """How many threads work at a time, and how eagerly.
+
+    Attributes:
+        threads: at least 1.
+        background: let everybody else have the processor first.
+    """
+
+    threads: int
+    background: bool = False
+
+    def run(self, tasks: Iterable[T], work: Callable[[T], None]) -> None:
+        """As ``run``, in these threads."""
+        run(tasks, work, threads=self.threads, background=self.background)
+
+
+def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int, background: bool = False) -> None:
     """``work`` on every task; tasks are taken in order. With one thread, in the caller's own.
 
     Raises:
@@ -29,38 +57,52 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
         for task in tasks:
             work(task)
         return
-    crew = _Crew(tasks, work)
-    members = [threading.Thread(target=crew.member, name=f"ckptstore-{n}") for n in range(threads)]
+    shift = _Shift(tasks, work, background)
+    members = [threading.Thread(target=shift.member, name=f"ckptstore-{n}") for n in range(threads)]
     try:
         # Where the system has no room for more threads, those that run do all the work, or this one does.
         with suppress(RuntimeError):
             for member in members:
                 member.start()
         if members[0].ident is None:
-            crew.member()
+            shift.member()
         for member in members:
             if member.ident is not None:
                 member.join()
     except BaseException:
-        crew.stop = True
+        shift.stop = True
         for member in members:
             if member.ident is not None:
                 member.join()
         raise
-    if crew.error is not None:
-        raise crew.error
+    if shift.error is not None:
+        raise shift.error
 
 
-class _Crew(Generic[T]):
-    def __init__(self, tasks: Iterable[T], work: Callable[[T], None]) -> None:
+def give_way() -> None:
+    """Let all other threads of the machine have the processor before the calling one, for good.
+
+    Hashing and copying behind a training step would otherwise take its cores. Linux only: elsewhere the priority
+    belongs to the process, which must not change.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+class _Shift(Generic[T]):
+    def __init__(self, tasks: Iterable[T], work: Callable[[T], None], background: bool) -> None:
         self.stop = False
         self.error: BaseException | None = None
         self._tasks: Iterator[T] = iter(tasks)
         self._work = work
+        self._background = background
         self._lock = threading.Lock()
 
     def member(self) -> None:
         try:
+            if self._background:
+                give_way()
             while not self.stop:
                 with self._lock:
                     task = next(self._tasks)

@@ -1,134 +1,122 @@
-"""Tensors into blocks, blocks onto storage: fill, digest, encode, write, a few blocks at a time."""
+"""Blocks onto storage: fill, digest, encode, write, a few blocks at a time."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Protocol
 
-from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.collector import collector_paused
-from ckptstore.engine.workers import Meter, Progress, Turnstile, run
+from ckptstore.engine.compressor import Compressor
+from ckptstore.engine.plan import Block, PlannedFile
+from ckptstore.engine.stage import Stage, Taken
+from ckptstore.engine.workers import Crew, Meter, Turnstile
 from ckptstore.format import layout
-from ckptstore.format.codecs import Compression, encode
-from ckptstore.format.digest import block_digest
+from ckptstore.format.digest import block_digest, new_hasher
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import BlockEntry, FileEntry, TensorTable
-from ckptstore.format.tensorfile import TensorFile, TensorRow, storage_order
 from ckptstore.storage.base import ObjectWriter, Slot, Storage
-
-
-class Spec(Protocol):
-    """What a tensor is called and how it is stored."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def logical(self) -> str | None: ...
-
-
-class Source(Protocol):
-    """A tensor whose bytes can be taken."""
-
-    @property
-    def spec(self) -> Spec: ...
-    def read_into(self, offset: int, out: memoryview) -> None: ...
-    def release(self) -> None: ...
 
 
 def write_files(
     storage: Storage,
     id: CheckpointId,
-    sources: Sequence[Source],
+    stage: Stage,
+    files: Sequence[PlannedFile],
     *,
     digest: str,
-    compression: Compression,
-    pool: BufferPool,
-    threads: int,
-    progress: Progress | None = None,
+    compressor: Compressor,
+    crew: Crew,
+    meter: Meter,
 ) -> list[FileEntry]:
-    """Write one data file for each top-level component of the state; durable on return.
+    """Write every block that ``stage`` still has, all of ``files``; durable on return.
 
     Raises:
         StorageError: nothing written here may be used; whoever called removes it.
+        StateMoved: so does a tear.
     """
-    with collector_paused():
-        files = _plan(id, sources, compression)
-    total = sum(file.stream.raw_bytes for file in files)
-    meter = Meter(total, progress)
+    writings = {file: _Writing(storage, id, file, digest, compressor) for file in files}
 
-    def work(task: tuple[_File, int]) -> None:
-        file, block = task
+    def work(taken: Taken) -> None:
+        writing = writings[taken.block.file]
         try:
-            meter.add(file.write_block(storage, block, digest, compression, pool))
+            meter.add(writing.write_block(stage, taken))
         except BaseException as error:
-            file.turnstile.break_off(error)
+            writing.turnstile.break_off(error)
             raise
+        finally:
+            stage.give_back(taken)
 
     try:
-        tasks = [(file, block) for file in files for block in range(len(file.stream.block_lengths))]
-        run(tasks, work, threads=min(threads, pool.buffers))
+        crew.run(stage.blocks(), work)
     except BaseException:
-        for file in files:
-            file.abort()
+        for writing in writings.values():
+            writing.abort()
         raise
     with collector_paused():
-        return [file.entry() for file in files]
+        return [writing.entry() for writing in writings.values()]
 
 
-def _plan(id: CheckpointId, sources: Sequence[Source], compression: Compression) -> list[_File]:
-    suffix = ".safetensors" if compression.codec == "none" else ".blocks"
-    by_prefix: dict[str, list[Source]] = {}
-    for source in sources:
-        component, slash, _ = source.spec.name.partition("/")
-        by_prefix.setdefault(component + slash if slash else "", []).append(source)
-    taken: set[str] = set()
-    return [
-        _File(id, layout.file_name(prefix.rstrip("/") or "state", taken, suffix=suffix), prefix, members)
-        for prefix, members in by_prefix.items()
-    ]
+def equals(stage: Stage, file: PlannedFile, entry: FileEntry, *, digest: str, crew: Crew) -> bool:
+    """Whether ``file`` has the very bytes that ``entry`` describes; ends at the first block that differs.
+
+    Raises:
+        StateMoved: a tensor was written to meanwhile.
+    """
+    if [block.raw for block in entry.blocks] != file.block_lengths or entry.prefix != file.prefix:
+        return False
+
+    def work(block: Block) -> None:
+        hasher = new_hasher(digest)
+        with stage.peek(block) as copy:
+            if copy is None:
+                file.hash_in_place(block.number, hasher)
+            else:
+                with memoryview(copy) as view, view[: block.length] as raw:
+                    hasher.update(raw)
+        if hasher.hexdigest() != entry.blocks[block.number].digest:
+            raise _DifferentError
+
+    try:
+        crew.run(file.blocks, work)
+    except _DifferentError:
+        return False
+    # The header is in the first block; it doesn't tell what a tensor is that safetensors has no name for.
+    return entry.tensors.logical == TensorTable.of(file.stream.rows).logical
 
 
-class _File:
+class _DifferentError(Exception):
+    pass
+
+
+class _Writing:
     """One data file on its way."""
 
-    def __init__(self, id: CheckpointId, name: str, prefix: str, sources: Sequence[Source]) -> None:
-        self.id, self.name, self.prefix = id, name, prefix
-        by_name = {source.spec.name.removeprefix(prefix): source for source in sources}
-        rows = storage_order(
-            TensorRow(n, s.spec.dtype, tuple(s.spec.shape), s.spec.logical) for n, s in by_name.items()
-        )
-        self.sources = [by_name[row.name] for row in rows]
-        self.stream = TensorFile.of(rows)
+    def __init__(
+        self, storage: Storage, id: CheckpointId, file: PlannedFile, digest: str, compressor: Compressor
+    ) -> None:
         self.turnstile = Turnstile()
-        self._blocks: list[BlockEntry | None] = [None] * len(self.stream.block_lengths)
-        self._bytes_left = [end - begin for begin, end in pairwise(self.stream.begins)]
+        self._storage, self._id, self._file = storage, id, file
+        self._digest, self._compressor = digest, compressor
+        self._blocks: list[BlockEntry | None] = [None] * len(file.block_lengths)
+        self._blocks_left = len(self._blocks)
         self._slots: list[Slot] | None = None
         self._writer: ObjectWriter | None = None
-        self._blocks_left = len(self._blocks)
         self._stored_bytes = 0
         self._lock = threading.Lock()
 
-    def write_block(
-        self, storage: Storage, number: int, digest: str, compression: Compression, pool: BufferPool
-    ) -> int:
-        """Take block ``number`` from the live tensors and write it; the last one finishes the file."""
-        length = self.stream.block_lengths[number]
-        with pool.lease() as [buffer]:
-            raw = buffer[:length]
-            self._fill(raw, number)
+    def write_block(self, stage: Stage, taken: Taken) -> int:
+        """Write one block; the last one finishes the file. Returns its raw bytes."""
+        number, length = taken.block.number, taken.block.length
+        with memoryview(taken.buffer) as view, view[:length] as raw:
             # Hashed before it is encoded or written, so that corruption on the way down is caught too.
-            raw_digest = block_digest(digest)(raw)
-            codec, stored = encode(raw, compression)
-            writer, slot = self._place(storage, number, len(stored), fixed=compression.codec == "none")
-            stored_digest = None if codec == "none" else block_digest(digest)(stored)
-            writer.write(slot, memoryview(stored))
-            raw.release()
+            raw_digest = self._take(stage, taken, raw)
+            segments = self._file.stream.segments(number)
+            codec, stored = self._compressor.encode(raw, segments)
+            writer, slot = self._place(number, len(stored))
+            stored_digest = None if codec == "none" else block_digest(self._digest, stored)
+            with self._compressor.timed_write(len(stored)):
+                writer.write(slot, memoryview(stored))
+            del stored
         entry = BlockEntry(
             raw=length,
             digest=raw_digest,
@@ -143,40 +131,36 @@ class _File:
     def entry(self) -> FileEntry:
         """The finished file's entry in the part."""
         return FileEntry(
-            name=self.name,
-            owner=str(self.id),
-            prefix=self.prefix,
+            name=self._file.name,
+            owner=str(self._id),
+            prefix=self._file.prefix,
             stored_bytes=self._stored_bytes,
-            tensors=TensorTable.of(self.stream.rows),
+            tensors=TensorTable.of(self._file.stream.rows),
             blocks=[block for block in self._blocks if block is not None],
         )
 
     def abort(self) -> None:
         if self._writer is not None:
             self._writer.abort()
-        for source in self.sources:
-            source.release()
 
-    def _fill(self, raw: memoryview, number: int) -> None:
-        head = self.stream.header_part(number)
-        raw[: len(head)] = head
-        pieces = self.stream.pieces(number)
-        for index, begin, length, offset in pieces:
-            self.sources[index].read_into(begin, raw[offset : offset + length])
-        with self._lock:
-            for index, _, length, _ in pieces:
-                self._bytes_left[index] -= length
-        for index, *_ in pieces:
-            if self._bytes_left[index] == 0:
-                self.sources[index].release()
+    def _take(self, stage: Stage, taken: Taken, raw: memoryview) -> str:
+        """Fill ``raw`` where it isn't yet, and return its digest."""
+        hasher = new_hasher(self._digest)
+        if taken.staged:
+            hasher.update(raw)
+        else:
+            with stage.reading(taken.block):
+                self._file.fill(taken.block.number, raw, hasher)
+        return hasher.hexdigest()
 
-    def _place(self, storage: Storage, number: int, length: int, *, fixed: bool) -> tuple[ObjectWriter, Slot]:
+    def _place(self, number: int, length: int) -> tuple[ObjectWriter, Slot]:
+        fixed = not self._compressor.encodes
         with self._lock:
             if self._writer is None:
-                size = self.stream.raw_bytes if fixed else None
-                self._writer = storage.open_writer(layout.file_key(self.id, self.name), size=size)
+                size = self._file.stream.raw_bytes if fixed else None
+                self._writer = self._storage.open_writer(layout.file_key(self._id, self._file.name), size=size)
                 if fixed:
-                    self._slots = [self._writer.reserve(n) for n in self.stream.block_lengths]
+                    self._slots = [self._writer.reserve(n) for n in self._file.block_lengths]
             writer = self._writer
         if self._slots is not None:
             return writer, self._slots[number]

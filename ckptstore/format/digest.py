@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import blake3
 
@@ -16,8 +16,11 @@ BLOCK_DIGEST: Final = "blake3"
 """Name written to new stores. Both digests are 256 bits, in lower-case hex."""
 
 
-def _blake3(data: Buffer) -> str:
-    return blake3.blake3(data).hexdigest()
+class Hasher(Protocol):
+    """A digest in the making."""
+
+    def update(self, data: Buffer, /) -> object: ...
+    def hexdigest(self) -> str: ...
 
 
 def sha256(data: Buffer) -> str:
@@ -25,15 +28,26 @@ def sha256(data: Buffer) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-_BY_NAME: dict[str, Callable[[Buffer], str]] = {"blake3": _blake3, "sha256": sha256}
+_BY_NAME: dict[str, Callable[[], Hasher]] = {"blake3": blake3.blake3, "sha256": hashlib.sha256}
 
 
-def block_digest(name: str) -> Callable[[Buffer], str]:
-    """The function for a digest named in a store.
+def new_hasher(name: str) -> Hasher:
+    """A hasher for the digest named in a store.
 
     Raises:
         FormatError: unknown name. Never "skip verification" (a record could ask for a weak one).
     """
     if name in _BY_NAME:
-        return _BY_NAME[name]
+        return _BY_NAME[name]()
     raise FormatError(f"unknown block digest {name!r}; known: {', '.join(_BY_NAME)}. A newer ckptstore may know it")
+
+
+def block_digest(name: str, data: Buffer) -> str:
+    """The digest called ``name`` of ``data``, as 64 hex digits.
+
+    Raises:
+        FormatError: unknown name.
+    """
+    hasher = new_hasher(name)
+    hasher.update(data)
+    return hasher.hexdigest()

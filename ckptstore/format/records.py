@@ -85,6 +85,8 @@ class CommitRecord(Record):
     files: Count
     raw_bytes: Bytes
     stored_bytes: Bytes
+    borrowed_bytes: Bytes
+    """Those of ``stored_bytes`` that lie in the folders of ``lenders``."""
     world_size: Annotated[int, Field(ge=1, lt=1 << 32)]
     manifest: Sealed256
     lenders: list[Text]

@@ -14,6 +14,7 @@ from ckptstore.state.registry import register_type
 from ckptstore.state.report import LoadReport
 from ckptstore.state.restore import Restoration, restore_into, restore_plain
 from ckptstore.state.rng import RNG
+from ckptstore.state.staging import fence
 from ckptstore.state.tensors import Destination, TensorSource, TensorSpec
 from ckptstore.state.values import Json
 
@@ -27,6 +28,7 @@ __all__ = [
     "TensorSource",
     "TensorSpec",
     "capture",
+    "fence",
     "register_type",
     "restore_into",
     "restore_plain",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ckptstore.state import staging
 from ckptstore.state.encode import Encoder
 from ckptstore.state.tensors import TensorSource
 from ckptstore.state.values import Json
@@ -17,11 +20,14 @@ class Snapshot:
         tree: everything that is no tensor. The order of its keys is part of the state.
         sources: the tensors, under unique names, optimizers' last.
         parameters: number of elements in distinct parameters of the modules.
+        modules, optimizers: the live ones in the state.
     """
 
     tree: Json
     sources: list[TensorSource]
     parameters: int
+    modules: list[torch.nn.Module]
+    optimizers: list[torch.optim.Optimizer]
 
 
 def capture(state: object) -> Snapshot:
@@ -36,5 +42,7 @@ def capture(state: object) -> Snapshot:
     encoder = Encoder()
     tree = encoder.encode(state, "")
     encoder.finish()
-    parameters = sum(parameter.numel() for parameter in encoder.parameters.values())
-    return Snapshot(tree, encoder.sources, parameters)
+    parameters = list(encoder.parameters.values())
+    staging.mark_frozen(encoder.sources, parameters, encoder.optimizers)
+    count = sum(parameter.numel() for parameter in parameters)
+    return Snapshot(tree, encoder.sources, count, encoder.modules, encoder.optimizers)

@@ -80,6 +80,8 @@ class Encoder:
         self.sources: list[TensorSource] = []
         self.owners: dict[int, str] = {}
         """id of a module's parameter → its full tensor name."""
+        self.modules: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.parameters: dict[int, torch.Tensor] = {}
         # A tensor of this name would be hidden in the header of a safetensors file.
         self._names = {"__metadata__"}
@@ -274,6 +276,8 @@ class Encoder:
     def _object(self, value: object, path: str) -> Json:
         if isinstance(value, torch.nn.Module):
             return modules.encode(self, value, path)
+        if isinstance(value, torch.optim.Optimizer):
+            self.optimizers.append(value)
         if isinstance(value, torch.optim.Optimizer) and optimizer.is_plain(value):
             node: dict[str, Json] = {TAG: "optimizer", "type": type_name(type(value))}
             self._optimizers.append((value, path, node))

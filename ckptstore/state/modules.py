@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.state.registry import type_name
+from ckptstore.state.staging import is_fence
 from ckptstore.state.values import TAG, Json
 
 if TYPE_CHECKING:
@@ -57,10 +58,14 @@ def _is_plain_itself(module: nn.Module) -> bool:
     cls = type(module)
     if cls.state_dict is not nn.Module.state_dict or cls.load_state_dict is not nn.Module.load_state_dict:
         return False
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if any(_has_foreign(getattr(module, hooks, None)) for hooks in _HOOKS):
         return False
     inner = (cls._load_from_state_dict, cls._save_to_state_dict)
     return all(method.__module__.startswith("torch.nn.") for method in inner)
+
+
+def _has_foreign(hooks: dict[int, object] | None) -> bool:
+    return hooks is not None and not all(map(is_fence, hooks.values()))
 
 
 def canonical_names(root: nn.Module) -> Callable[[str], str]:
@@ -102,6 +107,7 @@ def full_names(module: nn.Module, path: str) -> dict[str, nn.Parameter]:
 def encode(encoder: Encoder, module: nn.Module, path: str) -> Json:
     """The node of a module."""
     root = unwrap(module)
+    encoder.modules.append(root)
     for name, parameter in full_names(root, path).items():
         if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
             # Refused before state_dict() is asked, so that the error names the parameter.

@@ -70,9 +70,24 @@ class TensorSource:
         spec: name, stored type and stored shape.
         nbytes: of the contiguous image.
         live: the torch tensor itself, or None where the source is an array or bytes.
+        address: where the image lies, for a contiguous tensor on the CPU whose own memory it is; 0 for all others.
+        frozen: it is a parameter that isn't trained.
+        fickle: nobody knows when it changes.
     """
 
-    __slots__ = ("_address", "_array", "_image", "_storage", "live", "nbytes", "spec")
+    __slots__ = (
+        "_array",
+        "_image",
+        "_kept",
+        "_storage",
+        "_version",
+        "address",
+        "fickle",
+        "frozen",
+        "live",
+        "nbytes",
+        "spec",
+    )
 
     def __init__(
         self,
@@ -83,15 +98,17 @@ class TensorSource:
         *,
         address: int = 0,
     ) -> None:
-        """``address`` is where the image lies, for a tensor whose own memory it is; 0 for all others."""
-        self._address = address
+        self.address = address
         # Held itself, because a tensor may be given other memory while its old one is still read.
         self._storage = live.untyped_storage() if live is not None and address else None
         self.spec = spec
         self.nbytes = nbytes
         self.live = live
+        self.frozen = self.fickle = False
         self._array = array
         self._image: Bytes | None = None
+        self._kept: Bytes | None = None
+        self._version: int | None = None
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Copy bytes ``[offset, offset + len(out))`` of the image into ``out``; any thread.
@@ -102,19 +119,47 @@ class TensorSource:
             raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         if not out.nbytes:
             return
-        if self._address:
-            copy_memory(address_of(out), self._address + offset, out.nbytes)
+        if self.address:
+            copy_memory(address_of(out), self.address + offset, out.nbytes)
             return
-        image = self._image
-        if image is None:
-            image = self._make_image()
-        part = image[offset : offset + out.nbytes]
+        part = self._bytes()[offset : offset + out.nbytes]
         # NumPy lets go of the interpreter lock while it copies; a slice assignment of memoryviews doesn't.
         np.copyto(np.frombuffer(out, np.uint8), part)
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes ``[offset, offset + length)`` of the image where they lie, for reading; any thread."""
+        if self.address:
+            return memoryview((ctypes.c_ubyte * length).from_address(self.address + offset)).cast("B")
+        return self._bytes()[offset : offset + length].data
+
+    def keep(self, out: Bytes) -> None:
+        """Copy the image into ``out``, which has its size, and read it from there from now on."""
+        if self.nbytes:
+            self.read_into(0, out.data)
+        self._kept, self._image, self._storage, self.address, self._version = out, None, None, 0, None
+
+    def watch(self) -> None:
+        """Note what the tensor is now, so that ``moved`` tells whether torch has written to it since."""
+        self._version = None if self.live is None else self.live._version
+
+    def rebase(self) -> None:
+        """Note it anew, where it was noted."""
+        if self._version is not None:
+            self.watch()
+
+    def moved(self) -> bool:
+        """Whether torch has written to the watched tensor. Writes through ``.data`` and NumPy can't be seen."""
+        return self._version is not None and self.live is not None and self.live._version != self._version
+
     def release(self) -> None:
-        """Drop the host copy, if there is one."""
+        """Drop the host copy that reading has made, if there is one."""
         self._image = None
+
+    def _bytes(self) -> Bytes:
+        if self._kept is not None:
+            return self._kept
+        image = self._image
+        return self._make_image() if image is None else image
 
     def _make_image(self) -> Bytes:
         with _LOCK:

@@ -25,6 +25,7 @@ def checkpoint(seq: int, step: int, **fields: Any) -> Checkpoint:
         "files": 0,
         "raw_bytes": 0,
         "stored_bytes": 0,
+        "borrowed_bytes": 0,
         "world_size": 1,
         "record": None,
     }

@@ -26,7 +26,7 @@ _POOL = BufferPool(48 << 20)
 def opened(path: Path) -> Store:
     """A store opened anew, with one thread and buffers that all tests share."""
     store = ckptstore.open(path, threads=1)
-    store._pool = _POOL
+    store._tools.pool = _POOL
     return store
 
 

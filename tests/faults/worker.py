@@ -24,7 +24,7 @@ from unittest import mock
 
 import ckptstore
 from ckptstore.engine.catalogue import Checkpoint
-from ckptstore.engine.saver import Facts
+from ckptstore.engine.facts import Facts
 from ckptstore.store import Store
 
 BLOCK_BYTES = 16 << 20
@@ -52,9 +52,20 @@ class Spec:
 class Source:
     spec: Spec
     data: memoryview
+    frozen: bool = False
+    fickle: bool = False
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self.data[offset : offset + len(out)]
+
+    def view(self, offset: int, length: int) -> memoryview:
+        return self.data[offset : offset + length]
+
+    def moved(self) -> bool:
+        return False
+
+    def rebase(self) -> None:
+        pass
 
     def release(self) -> None:
         pass
@@ -86,7 +97,7 @@ def state(content: Tensors) -> State:
 
 def save(store: Store, step: int, *, large: bool = False) -> Checkpoint:
     """Save ``tensors(step)`` past ``capture``, which would need torch."""
-    return store._save_captured(state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]))
+    return store._dispatcher.save(state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]))
 
 
 # --- what an order can ask for ---

@@ -61,6 +61,7 @@ def commits(draw: st.DrawFn) -> CommitRecord:
         files=draw(counts),
         raw_bytes=draw(counts),
         stored_bytes=draw(counts),
+        borrowed_bytes=draw(counts),
         world_size=draw(st.integers(1, (1 << 32) - 1)),
         manifest=Sealed256(size=draw(counts), sha256="a" * 64),
         lenders=draw(st.lists(st.just(ID), max_size=2)),

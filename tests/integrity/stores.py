@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import ckptstore
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.facts import Facts
 from ckptstore.engine.reader import read_tensors
-from ckptstore.engine.saver import Facts
 from ckptstore.storage import memory
 from ckptstore.storage.memory import StoredObject
 from ckptstore.store import Store
@@ -39,11 +39,24 @@ class Source:
     spec: Spec
     data: bytes
     on_read: Callable[[], None] | None = None
+    frozen: bool = False
+    fickle: bool = False
 
     def read_into(self, offset: int, out: memoryview) -> None:
         if self.on_read is not None:
             self.on_read()
         out[:] = self.data[offset : offset + len(out)]
+
+    def view(self, offset: int, length: int) -> memoryview:
+        if self.on_read is not None:
+            self.on_read()
+        return memoryview(self.data)[offset : offset + length]
+
+    def moved(self) -> bool:
+        return False
+
+    def rebase(self) -> None:
+        pass
 
     def release(self) -> None:
         pass
@@ -70,7 +83,7 @@ def state(tensors: Tensors, *, on_read: Callable[[], None] | None = None, **valu
 def save(store: Store, what: State, step: int, **metrics: float) -> Checkpoint:
     """Save past ``capture``, so that no torch is needed."""
     modes = dict.fromkeys(metrics, "min")
-    return store._save_captured(what, Facts(step, None, metrics, modes, [f"step {step}"]))
+    return store._dispatcher.save(what, Facts(step, None, metrics, modes, [f"step {step}"]))
 
 
 class Sink:
@@ -102,7 +115,7 @@ def flat(loaded: Any) -> dict[str, bytes]:
 def opened(url: str, **options: Any) -> Store:
     """A store opened anew, as another process would, with one thread and shared buffers."""
     store = ckptstore.open(url, **{"threads": 1, "pool_bytes": 1, **options})
-    store._pool = POOL
+    store._tools.pool = POOL
     return store
 
 

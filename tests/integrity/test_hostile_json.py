@@ -31,6 +31,7 @@ WRONG = [*NUMBERS, "true", "false", "1.0", "1e0", "-1", '"1"', "null", "[]", "{}
 
 INTEGERS = [
     *("commit.step", "commit.parameters", "commit.tensors", "commit.files", "commit.raw_bytes", "commit.stored_bytes"),
+    "commit.borrowed_bytes",
     *("commit.world_size", "commit.format", "manifest.format", "manifest.world_size", "manifest.block_bytes"),
     *("manifest.parts.0.rank", "part.format", "part.rank", "part.files.0.stored_bytes", "part.files.0.blocks.0.raw"),
     *("part.files.0.blocks.0.offset", "part.files.0.blocks.0.length", "part.files.0.tensors.shapes.0.0"),

@@ -134,7 +134,7 @@ class StoreMachine(RuleBasedStateMachine):
     def save_by_an_older_store(self, seed: int) -> None:
         """Whoever opened before another saved: fenced off if it has a number, the newest if it hasn't."""
         store, tensors = self.stores[0], self.contents(seed)
-        writer = store._claim.number
+        writer = store._dispatcher.claim.number
         if writer is not None and writer < self.newest_writer():
             with pytest.raises(StaleWriterError):
                 save(store, state(tensors), self.step)

@@ -264,9 +264,9 @@ def test_a_record_that_grows_over_its_limit_leaves_nothing(store: cs.Store) -> N
     """At every length of the reasons a save succeeds, is refused, or fails and removes what it wrote."""
     weights = torch.ones(5_000_000)
     failed = []
-    for length in range(718, 730):
+    for length in range(690, 712):
         try:
-            store.save({"w": weights}, step=1, reasons=["x" * 1000] * 15 + ["z" * length])
+            store.save({"w": weights}, step=length, reasons=["x" * 1000] * 15 + ["z" * length])
         except cs.CheckpointError as error:
             failed.append(error.code)
     assert not store.verify().leftovers

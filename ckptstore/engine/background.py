@@ -1,0 +1,308 @@
+"""A save behind the training step: a thread that runs the pipeline, and the handle that its caller holds."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.plan import Change
+from ckptstore.engine.saver import Job, Tools
+from ckptstore.engine.stage import Stage, StateMoved, copied
+from ckptstore.engine.workers import cores, give_way
+from ckptstore.errors import CheckpointError, SaveFailedError, StorageError
+
+_log = logging.getLogger("ckptstore")
+_COPIES = 5
+"""How often a state that changes while it is copied is copied again."""
+
+
+class TornReadWarning(UserWarning):
+    """Something else than an optimizer's step wrote to a tensor while an overlapped save read it in place."""
+
+
+class SaveHandle:
+    """One save in the background. Its error is raised by ``wait`` and ``result``, or else by the store's next call.
+
+    Attributes:
+        mode: "async" or "overlapped"; an overlapped save of a state that no optimizer owns is "async".
+        step: of the checkpoint.
+        call_s: seconds that the call of ``save`` took.
+        fence_s: seconds that training was stopped later, before a step or a load.
+        seconds: from the call until the checkpoint was durable, or until now.
+        copied_bytes: of the state, copied while the caller waited. The rest was read in place.
+        raw_bytes: of the state; 0 until the files are planned.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        job: Job,
+        save: Callable[[Job, Stage], Checkpoint],
+        *,
+        mode: Literal["async", "overlapped"],
+        began: float,
+        warned: set[str],
+    ) -> None:
+        """``warned`` is shared by the handles of a store: of what its user was warned already."""
+        self.mode = mode
+        self.step = job.facts.step
+        self.call_s = self.fence_s = 0.0
+        self.copied_bytes = self.raw_bytes = 0
+        self._warning: str | None = None
+        self._warned = warned
+        self._tools, self._job, self._save = tools, job, save
+        self._began, self._ended = began, 0.0
+        self._pid = os.getpid()
+        # Reentrant, all of them: a signal handler may use the handle while its own thread does.
+        self._turn = threading.RLock()
+        self._changed = threading.Condition()
+        self._stage: Stage | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._error: BaseException | None = None
+        self._told = False
+        self._on_end: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._run, name="ckptstore-save")
+
+    def __repr__(self) -> str:
+        how = "running" if not self._ended else "failed" if self._error else "done"
+        return f"<ckptstore.SaveHandle step {self.step} {self.mode} {how}>"
+
+    # -- what its caller asks ----------------------------------------------------------------------------
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that the caller was kept from training so far."""
+        return self.call_s + self.fence_s
+
+    @property
+    def seconds(self) -> float:
+        return (self._ended or time.perf_counter()) - self._began
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Raw bytes of the state a second, from the call until it was durable, or until now."""
+        return self.raw_bytes / self.seconds
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return bool(self._ended)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the checkpoint is durable; False after ``timeout`` seconds.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: as ``Store.save``.
+        """
+        self._check_process()
+        with self._changed:
+            self._changed.wait_for(self.done, timeout)
+        self.tell()
+        if self._error is not None and self._ended:
+            raise self._error
+        return self.done()
+
+    def result(self, timeout: float | None = None) -> Checkpoint:
+        """The checkpoint, once it is durable.
+
+        Raises:
+            TimeoutError: it isn't after ``timeout`` seconds; the save goes on.
+            SaveFailedError, CommitUnknownError, StaleWriterError: as ``Store.save``.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the save of step {self.step} is still running after {timeout} s")
+        assert self._checkpoint is not None
+        return self._checkpoint
+
+    def wait_staged(self) -> None:
+        """Return as soon as the state may be changed by any means: all of it is copied, or read already."""
+        self._check_process()
+        self.finish_reading(Change.ALL)
+
+    # -- what the store asks -----------------------------------------------------------------------------
+
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Begin. ``on_end`` is called in the save's thread when it has ended."""
+        self._on_end.append(on_end)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            # No room for a thread, or the interpreter is ending: then the caller waits.
+            self._run()
+
+    def join(self) -> None:
+        """Wait for the end, whatever it is."""
+        with self._changed:
+            self._changed.wait_for(self.done)
+
+    def tell(self) -> BaseException | None:
+        """The error, if the save has failed and nobody has been told. A tear is warned of, once for each store."""
+        if self._warning is not None and not self._warned:
+            self._warned.add("torn")
+            warnings.warn(self._warning, TornReadWarning, stacklevel=4)
+        if not self._ended or self._told:
+            return None
+        self._told = True
+        _untold.discard(self)
+        return self._error
+
+    def finish_reading(self, change: Change) -> None:
+        """Return when ``change`` may happen: what it changes was read by then, or copied."""
+        began = time.perf_counter()
+        try:
+            with self._turn:
+                stage = self._planned_stage()
+                if stage is not None:
+                    self._copy_rest(stage, change)
+        finally:
+            self.fence_s += time.perf_counter() - began
+
+    def _copy_rest(self, stage: Stage, change: Change) -> None:
+        try:
+            self.copied_bytes += stage.copy_rest(change, cores())
+        except StateMoved:
+            # Where even that fails the save fails, in its own thread: training is not stopped.
+            with contextlib.suppress(SaveFailedError):
+                self._copy_again()
+
+    # -- the save's own thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if threading.current_thread() is self._thread:
+                give_way()
+            self._checkpoint = self._attempts()
+        except BaseException as error:
+            self._error = error if isinstance(error, CheckpointError) else _failed(self.step, error)
+            _untold.add(self)
+        finally:
+            stage, self._stage = self._stage, None
+            if stage is not None:
+                stage.end()
+                stage.plan.release()
+            if self.mode == "overlapped":
+                # Async needs its copies again at every save; here they were needed because a step came early.
+                self._tools.area.trim()
+            for act in self._on_end:
+                act()
+            del self._job, self._save
+            self._ended = time.perf_counter()
+            with self._changed:
+                self._changed.notify_all()
+
+    def _attempts(self) -> Checkpoint:
+        safe = Change.NOTHING if self.mode == "overlapped" else Change.ALL
+        stage = self._tools.stage(self._tools.plan(self._job.state), safe=safe)
+        with self._changed:
+            self._stage, self.raw_bytes = stage, stage.plan.raw_bytes
+            self._changed.notify_all()
+        while True:
+            try:
+                return self._save(self._job, stage)
+            except StateMoved:
+                with self._turn:
+                    # At the fence the training thread may have done so already.
+                    if self._stage is stage:
+                        self._copy_again()
+                    assert self._stage is not None
+                    stage = self._stage
+
+    def _copy_again(self) -> None:
+        """Begin anew with a copy of the state as it is now."""
+        old = self._stage
+        assert old is not None
+        self._warning = (
+            f"step {self.step}: {old.moved!r} was written to, by something else than an optimizer's step, while it was "
+            "read in place. The save was begun again from a copy, and holds the state after that writing. Call "
+            "wait_staged() of the handle before you write by hand, save after it, or save with mode='async'"
+        )
+        old.end()
+        for _ in range(_COPIES):
+            with contextlib.suppress(StateMoved):
+                self._stage = copied(old.plan, self._tools.pool, self._tools.area, cores())
+                self.copied_bytes += self._stage.plan.raw_bytes
+                return
+        raise SaveFailedError(
+            f"step {self.step} was not saved: {old.moved!r} is written to all the time by something else than an "
+            "optimizer's step. Save where nothing writes, with mode='async'",
+            step=self.step,
+        )
+
+    def _planned_stage(self) -> Stage | None:
+        """The stage, as soon as the files are planned; None where the save has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stage is not None or self.done())
+            return self._stage
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StorageError(
+                f"the save of step {self.step} runs in process {self._pid}; in its fork {os.getpid()} it can't be "
+                "waited for"
+            )
+
+
+class Window(Protocol):
+    """The time in which a save reads in place; see ``state.staging``."""
+
+    def open(self, close: Callable[[bool], None]) -> None: ...
+    def shut(self) -> None: ...
+
+
+class Background:
+    """The saves of one store in the background, one at a time."""
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
+        self._handle: SaveHandle | None = None
+
+    def busy(self) -> bool:
+        """Whether one is running."""
+        return self._handle is not None and not self._handle.done()
+
+    def settle(self) -> None:
+        """Wait for the end of the one that is running.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: it failed, and nobody has been told.
+        """
+        if self._handle is not None:
+            self._handle.join()
+            error = self._handle.tell()
+            if error is not None:
+                raise error
+
+    def start(self, handle: SaveHandle, window: Window | None, first: Change) -> None:
+        """Start a save; return as soon as ``first`` may change."""
+        if window is not None:
+            window.open(lambda frozen: handle.finish_reading(Change.ALL if frozen else Change.TRAINED))
+        handle.start(on_end=window.shut if window is not None else lambda: None)
+        self._handle = handle
+        if first is not Change.NOTHING:
+            handle.finish_reading(first)
+
+
+def _failed(step: int, error: BaseException) -> SaveFailedError:
+    failed = SaveFailedError(f"step {step} was not saved: {error!r}. Older checkpoints are untouched", step=step)
+    failed.__cause__ = error
+    return failed
+
+
+_untold: set[SaveHandle] = set()
+
+
+def _tell_at_exit() -> None:
+    for handle in list(_untold):
+        _log.error("a save in the background failed, and nobody asked for its result: %s", handle.tell())
+
+
+# Runs after the threads of all saves have ended.
+atexit.register(_tell_at_exit)
+os.register_at_fork(after_in_child=_untold.clear)

@@ -1,0 +1,90 @@
+"""Files that needn't be written again: those of the checkpoint before that hold the same bytes.
+
+A borrowed file must outlive its lender's deletion without a lease. Whoever reclaims looks at the tombstone first and at
+the commits after it; whoever borrows commits first and looks at its lender after that. So one of them sees the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptstore.engine.commit import read_fate
+from ckptstore.engine.plan import PlannedFile
+from ckptstore.engine.reader import read_contents
+from ckptstore.errors import FormatError, IntegrityError, NotFoundError, SaveFailedError
+from ckptstore.format import layout
+from ckptstore.format.layout import CheckpointId, parse_id
+from ckptstore.format.records import CommitRecord, FileEntry
+from ckptstore.storage.base import Storage
+
+
+@dataclass(frozen=True)
+class Lender:
+    """The checkpoint that was saved before, and its data files by name: its own, and those that it borrows itself."""
+
+    record: CommitRecord
+    digest: str
+    files: Mapping[str, FileEntry]
+
+    @property
+    def id(self) -> CheckpointId:
+        return parse_id(self.record.id)
+
+    @classmethod
+    def of(cls, record: CommitRecord, digest: str, files: Sequence[FileEntry]) -> Lender:
+        return cls(record, digest, {file.name: file for file in files})
+
+    @classmethod
+    def read(cls, storage: Storage, record: CommitRecord) -> Lender | None:
+        """A checkpoint of an earlier process as a lender; None where it is damaged."""
+        try:
+            contents = read_contents(storage, record)
+        except (IntegrityError, FormatError):
+            return None
+        # Several ranks may have files of one name.
+        return cls.of(record, contents.digest, contents.parts[0].files) if len(contents.parts) == 1 else None
+
+    def candidate(self, file: PlannedFile, step: int) -> FileEntry | None:
+        """The file here that may well hold the same bytes: of what is frozen, or of the very same step."""
+        return self.files.get(file.name) if file.frozen or step == self.record.step else None
+
+
+def owners(id: CheckpointId, files: Sequence[FileEntry]) -> list[str]:
+    """The other checkpoints in whose folders some of the files of ``id`` lie, in order."""
+    return sorted({file.owner for file in files} - {str(id)}, key=parse_id)
+
+
+def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) -> None:
+    """Nothing, if every file lies where it should.
+
+    Raises:
+        SaveFailedError: somebody who took this save for dead may have begun to collect it.
+    """
+    for file in files:
+        key = layout.file_key(parse_id(file.owner), file.name)
+        try:
+            size = storage.size(key)
+        except NotFoundError as error:
+            raise SaveFailedError(
+                f"{key} disappeared while {id} was being saved, as when prune takes it for a leftover; save again",
+                id=str(id),
+                step=id.step,
+            ) from error
+        if size != file.stored_bytes:
+            raise SaveFailedError(f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step)
+
+
+def is_safe(storage: Storage, lender: Lender, borrowed: Sequence[FileEntry]) -> bool:
+    """Whether nobody can be about to remove what ``borrowed`` names; asked after the borrower's commit.
+
+    As long as the lender's commit record is there, every earlier look at the commits saw it, and kept what it borrows
+    itself; every later one sees the borrower. Its own files are safe as long as nobody has buried it.
+    """
+    buried = {entry.key for entry in storage.list(layout.TRASH)}
+    if layout.tombstone_key(lender.id) in buried and any(file.owner == lender.record.id for file in borrowed):
+        return False
+    try:
+        return isinstance(read_fate(storage, lender.id), CommitRecord)
+    except (NotFoundError, IntegrityError, FormatError):
+        return False

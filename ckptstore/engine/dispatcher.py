@@ -1,0 +1,100 @@
+"""The saving side of one store: who may save, from whom it borrows, and what runs in the background."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from ckptstore.engine.background import Background, SaveHandle
+from ckptstore.engine.borrow import Lender
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.claim import Claim
+from ckptstore.engine.facts import Facts
+from ckptstore.engine.finder import Finder
+from ckptstore.engine.plan import Change
+from ckptstore.engine.saver import Captured, Job, Saver, Tools
+from ckptstore.engine.stage import Stage
+from ckptstore.engine.workers import Crew, Progress
+from ckptstore.errors import SaveFailedError, StorageError
+
+if TYPE_CHECKING:
+    from ckptstore.state.capture import Snapshot
+
+
+class Dispatcher:
+    """Saves one state after the other, at once or in the background.
+
+    Attributes:
+        claim: the right to save.
+        lock: held while a save runs. Reentrant: a signal handler may save in the midst of a save of its own thread.
+        background: the saves that their callers don't wait for.
+    """
+
+    def __init__(self, tools: Tools, finder: Finder, *, shared: bool, check_writable: Callable[[], None]) -> None:
+        self.claim = Claim(tools.storage, shared=shared)
+        self.lock = threading.RLock()
+        self.background = Background()
+        self._tools, self._finder, self._shared = tools, finder, shared
+        self._check_writable = check_writable
+        self._lender: Lender | None = None
+
+    def save(self, state: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
+        """Save now.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
+        """
+        job = Job(state, facts, Crew(self._tools.threads), progress)
+        return self._save(job, self._tools.stage(self._tools.plan(state)))
+
+    def save_behind(
+        self,
+        state: Snapshot,
+        facts: Facts,
+        progress: Progress | None,
+        *,
+        mode: Literal["async", "overlapped"],
+        began: float,
+    ) -> SaveHandle:
+        """Save in the background; return as soon as the state may change by what ``mode`` lets change it.
+
+        Args:
+            began: when the caller was called, by ``time.perf_counter``.
+        """
+        from ckptstore.state.staging import settle
+
+        window = settle(state.sources, state.modules, state.optimizers) if mode == "overlapped" else None
+        first = Change.FICKLE if any(source.fickle for source in state.sources) else Change.NOTHING
+        if window is None:
+            mode, first = "async", Change.ALL
+        job = Job(state, facts, Crew(self._tools.threads, background=True), progress)
+        handle = SaveHandle(self._tools, job, self._save, mode=mode, began=began, warned=self.background.warned)
+        self.background.start(handle, window, first)
+        handle.call_s, handle.fence_s = time.perf_counter() - began, 0.0
+        return handle
+
+    def _save(self, job: Job, stage: Stage) -> Checkpoint:
+        step = job.facts.step
+        with self.lock:
+            # Again: capturing takes time, in which another thread may have closed the store.
+            self._check_writable()
+            try:
+                store, id = self.claim.next_id(step, self._finder.scan)
+                if self._lender is None and not self._shared:
+                    self._lender = self._earlier_lender(stage, step)
+            except StorageError as error:
+                message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
+                raise SaveFailedError(message, step=step) from error
+            another_id = lambda: self.claim.next_id(step, self._finder.scan)[1]  # noqa: E731
+            saver = Saver(self._tools, store, self._lender, self.claim.check_fence, another_id)
+            self._lender = saver.save(id, job, stage)
+            return Checkpoint.of(self._lender.record)
+
+    def _earlier_lender(self, stage: Stage, step: int) -> Lender | None:
+        """The newest checkpoint of an earlier process, if its files may be of use."""
+        checkpoints = self._finder.scan().checkpoints
+        if checkpoints and (checkpoints[-1].step == step or any(file.frozen for file in stage.plan.files)):
+            return Lender.read(self._tools.storage, checkpoints[-1].record)
+        return None

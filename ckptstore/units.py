@@ -1,0 +1,25 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from ckptstore.errors import FormatError
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([kKMGT])(i?))?B", re.ASCII)
+_POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size_bytes(size: int | str, name: str = "size") -> int:
+    """``100MB``, ``1GB``, ``1GiB``, or a number of bytes, in bytes.
+
+    Raises:
+        FormatError: anything else; ``name`` says what it should have been.
+    """
+    if type(size) is int and size > 0:
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise FormatError(f"{name}: {size!r} is no size; write a number and a unit, as 100MB, 1GB or 1GiB")
+    unit: int = (1024 if match[3] else 1000) ** _POWERS[match[2]]
+    return round(float(match[1]) * unit)
