@@ -131,7 +131,7 @@ def test_two_files_of_equal_size_swapped() -> None:
     falls_back(p)
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd", "float-zstd"])
 def test_blocks_of_a_file_swapped(store_path: Path, compression: str) -> None:
     """Two full blocks that changed places are both reported, each by its number."""
     raw = FolderRaw(store_path)

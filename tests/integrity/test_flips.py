@@ -171,7 +171,7 @@ SIZES = {"300 KB": 300_000, "40 MB": 40_000_000}
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd", "float-zstd"])
 def test_bits_of_large_data_files(size: str, compression: str, full: bool) -> None:
     """Random bits of files of one and of several blocks, stored as they are or compressed."""
     raw = MemoryRaw(uuid4().hex)

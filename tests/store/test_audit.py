@@ -33,7 +33,7 @@ def state():
             "generator": torch.Generator(), "numpy": np.random.default_rng(1), "plain": plain}
 
 def load_every_way(url):
-    for compression in ("none", "zstd"):
+    for compression in ("none", "zstd", "float-zstd"):
         with cs.open(url, compression=compression) as store:
             for selector in ("latest", "step:1", "best:loss", "epoch:2", "held", "milestone:1B"):
                 store.load(selector)
@@ -52,7 +52,7 @@ def hook(event, arguments):
         events.append((event, str(arguments)[:200]))
 
 url = sys.argv[1]
-for compression in ("none", "zstd"):
+for compression in ("none", "zstd", "float-zstd"):
     with cs.open(url, compression=compression) as store:
         store.save(state(), step=1, epoch=2, metrics={"loss": 1.0}, reasons=["milestone 1B"])
 store.hold("step:1", "held") if compression == "none" else cs.open(url).hold("step:1", "held")
