@@ -30,21 +30,19 @@ def measure(
     * ``call_s``: until the call returns;
     * ``read_s``: until the state is read, counted from the call. A step that comes earlier waits for the rest;
     * ``fence_s``: what ``optimizer.step()`` and what must be done before it still wait for after that;
-    * ``total_s``: until the save is durable, counted from the call, a step in between included;
-    * ``reported_s``: call and fence as the library itself counts them, where it does.
+    * ``total_s``: until the save is durable, counted from the call, a step in between included.
     """
     workload = Workload(size)
     names = installed(names)
-    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with savers(folder, workload, names) as made, StepClock(workload.optimizer) as clock:
         for name in turns(names, rounds, tell):
             found[name].append(_once(made[name], workload, clock))
-    columns = ("call_s", "read_s", "fence_s", "total_s", "reported_s")
-    times = {name: {key: [row[key] for row in rows] for key in columns} for name, rows in found.items()}
+    times = {name: {key: [row[key] for row in rows] for key in rows[0]} for name, rows in found.items()}
     return {"bytes": workload.bytes, "savers": times}
 
 
-def _once(saver: Saver, workload: Workload, clock: StepClock) -> dict[str, float | None]:
+def _once(saver: Saver, workload: Workload, clock: StepClock) -> dict[str, float]:
     begin = time.perf_counter()
     saver.save()
     call_s = time.perf_counter() - begin
@@ -54,12 +52,10 @@ def _once(saver: Saver, workload: Workload, clock: StepClock) -> dict[str, float
     workload.optimizer.step()
     saver.wait()
     total_s = time.perf_counter() - begin
-    reported_s = saver.reported_s()
     saver.tidy()
     return {
         "call_s": call_s,
         "read_s": read_s,
         "fence_s": by_hand_s + clock.seconds,
         "total_s": total_s,
-        "reported_s": reported_s,
     }

@@ -29,7 +29,9 @@ def measure(
     * ``block_s``, ``cpu_s``: its seconds, and the core-seconds of this process in it;
     * ``step_s``: the seconds of each of its steps, what the save blocks included;
     * ``busy``: how many of them passed while the save went on; the later ones are training alone again;
+    * ``call_s``: until the call of the save returns;
     * ``fence_s``: what the optimizer's hooks, and what must be done by hand before the step, took in the first step;
+    * ``reported_s``: how long the save blocked training as the library itself counts it, where it does;
     * ``late_s``: how long the save went on after the block. It belongs to the cost where it isn't about 0: take more
       steps.
     """
@@ -49,8 +51,7 @@ def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, sa
     busy = 0
     cpu = time.process_time()
     begin = last = time.perf_counter()
-    if save:
-        saver.save()
+    call_s = timed(saver.save) if save else 0.0
     for _ in range(steps):
         busy += saver.busy() or not step_s
         workload.forward_backward()
@@ -62,13 +63,16 @@ def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, sa
         last = now
     cpu_s = time.process_time() - cpu
     late_s = timed(saver.wait)
+    reported_s = saver.reported_s() if save else None
     saver.tidy()
     return {
         "block_s": last - begin,
         "cpu_s": cpu_s,
         "step_s": step_s,
         "busy": busy,
+        "call_s": call_s,
         "fence_s": fence_s[0],
+        "reported_s": reported_s,
         "late_s": late_s,
     }
 
