@@ -1,4 +1,4 @@
-"""How long an optimizer's step hooks hold it up, measured from outside."""
+"""How long an optimizer's step is held up by its hooks, measured from outside."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class StepClock:
-    """Times the hooks of ``optimizer.step()`` that were registered before the ``with`` block begins.
+    """Steps an optimizer and times what comes before the step proper: all hooks that wait for something.
 
-    torch calls hooks of all optimizers first, then the optimizer's own in the order of their registration: one of the
-    former starts the clock, one of the latter, registered last, stops it.
+    torch calls hooks of all optimizers first, then the optimizer's own in the order of their registration. One that is
+    registered when the ``with`` block begins, and so comes last, stops the clock.
 
     Attributes:
-        seconds: between the two at the last step.
+        seconds: from the last call of ``step`` until its hooks had ended.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -26,18 +25,18 @@ class StepClock:
         self.seconds = 0.0
 
     def __enter__(self) -> Self:
-        self._first = register_optimizer_step_pre_hook(self._start)
         self._last = self._optimizer.register_step_pre_hook(self._stop)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._first.remove()
         self._last.remove()
 
-    def _start(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def step(self) -> None:
+        """One step."""
         self._begin = time.perf_counter()
+        self._optimizer.step()
 
     def _stop(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._begin
