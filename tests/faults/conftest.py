@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .outcome import Base, nothing, one_checkpoint, something_lent, something_to_delete
+from .outcome import Base, nothing, one_checkpoint, something_lent, something_to_delete, something_tuned
 from .processes import Worker, missing_strace
 
 
@@ -41,6 +41,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     return {
         "first save": nothing(folder / "first"),
         "save": one_checkpoint(folder / "save"),
+        "tuned save": something_tuned(folder / "tuned"),
         "delete": something_to_delete(folder / "delete"),
         "delete a lender": something_lent(folder / "lender"),
     }

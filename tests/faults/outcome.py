@@ -15,7 +15,7 @@ from ckptstore.store import Store
 from tests.integrity.borrowing import borrow, component
 from tests.integrity.stores import FolderRaw
 
-from .worker import Tensors, save, tensors
+from .worker import Tensors, save, save_tuned, tensors, tuned
 
 OLD, NEW, NEXT = 1, 2, 9
 """Steps: of the checkpoint that must survive, of the one that is made or deleted, of the save that comes after."""
@@ -34,13 +34,14 @@ def opened(path: Path) -> Store:
 class Base:
     """A store as it was before the fault: ``old`` must survive, ``new`` is the one to delete, if any.
 
-    ``borrowed`` names the tensors that ``old`` has from ``new``.
+    ``borrowed`` names the tensors that ``old`` has from ``new``; with ``tuned``, saves borrow from ``old``.
     """
 
     path: Path
     old: str | None
     new: str | None = None
     borrowed: Set[str] = frozenset()
+    tuned: bool = False
 
     @property
     def lent(self) -> Set[str]:
@@ -50,7 +51,7 @@ class Base:
     @property
     def operation(self) -> str:
         """What is done to it."""
-        return "save" if self.new is None else "delete"
+        return "delete" if self.new is not None else "save tuned" if self.tuned else "save"
 
     def copy(self, path: Path) -> Path:
         """A copy of it, in a folder of the same name below ``path``, replacing the last one."""
@@ -73,6 +74,12 @@ def one_checkpoint(path: Path) -> Base:
         return Base(path, save(store, OLD).id)
 
 
+def something_tuned(path: Path) -> Base:
+    """A store with one good checkpoint, whose frozen file the next one will borrow."""
+    with opened(path) as store:
+        return Base(path, save_tuned(store, OLD).id, tuned=True)
+
+
 def something_to_delete(path: Path) -> Base:
     """A store with one good checkpoint, a newer one to delete, and what a save left that died before its commit."""
     with opened(path) as store:
@@ -92,7 +99,7 @@ def something_lent(path: Path) -> Base:
 
 def expected(base: Base, checkpoint: Checkpoint, *, large: bool) -> Tensors:
     """What ``checkpoint`` holds."""
-    own = tensors(checkpoint.step, large=large and checkpoint.step == NEW)
+    own = (tuned if base.tuned else tensors)(checkpoint.step, large=large and checkpoint.step == NEW)
     return {**own, **{name: tensors(NEW)[name] for name in base.borrowed}} if checkpoint.id == base.old else own
 
 

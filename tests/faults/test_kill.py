@@ -13,7 +13,7 @@ from .outcome import NEW, Base, check
 from .points import SEED, kinds, named, sampled
 from .processes import CHANGING, Fault, Result, Worker
 
-OPERATIONS = ["save", "first save", "delete", "delete a lender"]
+OPERATIONS = ["save", "first save", "tuned save", "delete", "delete a lender"]
 BEFORE, AFTER = "signal=KILL", "signal=SEGV"
 STATUS = {BEFORE: -signal.SIGKILL, AFTER: -signal.SIGSEGV}
 
@@ -48,6 +48,14 @@ def test_the_same_operation_makes_the_same_calls(traced: Worker, bases: dict[str
         runs = [traced.points(base.copy(tmp_path), base.operation, NEW, CHANGING) for _ in range(3)]
         assert runs[0] == runs[1] == runs[2]
         assert len(runs[0]) >= 55
+
+
+def test_a_tuned_save_borrows(worker: Worker, bases: dict[str, Base], tmp_path: Path) -> None:
+    """Where nothing disturbs it: otherwise the tests below would be those of a plain save."""
+    base = bases["tuned save"]
+    result = worker.run(base.copy(tmp_path), base.operation, NEW)
+    assert result.told("ack")
+    assert result.told("borrowed")
 
 
 @pytest.mark.parametrize("effect", [BEFORE, AFTER])

@@ -13,7 +13,7 @@ from .outcome import NEW, Base, check
 from .points import kinds, named, sampled
 from .processes import CHANGING, LOOKING, Fault, Result, Worker
 
-OPERATIONS = ["save", "first save", "delete", "delete a lender"]
+OPERATIONS = ["save", "first save", "tuned save", "delete", "delete a lender"]
 ERRORS = [
     *(pytest.param(name, sticky) for name in ("EIO", "ENOSPC", "EDQUOT", "EROFS") for sticky in (False, True)),
     # Python repeats an interrupted call, so that a sticky one would never end.

@@ -86,18 +86,35 @@ def tensors(step: int, *, large: bool = False) -> Tensors:
     return {name: random.Random(f"{name} {step}").randbytes(size) for name, size in sizes.items()}
 
 
-def state(content: Tensors) -> State:
+def state(content: Tensors, frozen: Sequence[str] = ()) -> State:
     tree: dict[str, Any] = {}
     for name in content:
         component, _, rest = name.partition("/")
         tree.setdefault(component, {})[rest] = {"$": "tensor", "name": name}
-    sources = [Source(Spec(name, (len(data) // 4,)), memoryview(data)) for name, data in content.items()]
+    sources = [
+        Source(Spec(name, (len(data) // 4,)), memoryview(data), name in frozen) for name, data in content.items()
+    ]
     return State(sources, tree)
 
 
 def save(store: Store, step: int, *, large: bool = False) -> Checkpoint:
     """Save ``tensors(step)`` past ``capture``, which would need torch."""
     return store._dispatcher.save(state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]))
+
+
+FROZEN = "a/x"
+"""The tensor that never changes in states that borrow."""
+
+
+def tuned(step: int, *, large: bool = False) -> Tensors:
+    """``tensors(step)``, of which one is as in every other step."""
+    return {**tensors(step, large=large), FROZEN: tensors(0)[FROZEN]}
+
+
+def save_tuned(store: Store, step: int, *, large: bool = False) -> Checkpoint:
+    """Save ``tuned(step)``: what never changes is borrowed, where there is somebody to borrow from."""
+    content = state(tuned(step, large=large), [FROZEN])
+    return store._dispatcher.save(content, Facts(step, None, {}, {}, [f"step {step}"]))
 
 
 # --- what an order can ask for ---
@@ -107,6 +124,11 @@ def _save(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
     tell({"ack": save(store, order["step"], large=order["large"]).id})
 
 
+def _save_tuned(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
+    saved = save_tuned(store, order["step"], large=order["large"])
+    tell({"ack": saved.id, "borrowed": bool(saved.record.lenders)})
+
+
 def _delete(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
     # It is in the trash already where a first try came that far.
     if any(checkpoint.step == order["step"] for checkpoint in store.checkpoints()):
@@ -114,7 +136,7 @@ def _delete(store: Store, order: Order, tell: Callable[[Any], None]) -> None:
     tell({"pruned": list(store.prune(grace_s=0).reclaimed)})
 
 
-_OPERATIONS = {"save": _save, "delete": _delete}
+_OPERATIONS = {"save": _save, "save tuned": _save_tuned, "delete": _delete}
 
 
 def perform(order: Order, tell: Callable[[Any], None]) -> None:

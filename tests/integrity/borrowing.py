@@ -131,5 +131,5 @@ def interrupted(url: str, actions: Mapping[int, Callable[[], object]]) -> tuple[
     """A store opened anew whose storage calls are counted and interrupted."""
     store = opened(url)
     storage = Interrupted(store._storage, actions)
-    store._storage = store._finder._storage = storage
+    store._storage = store._finder._storage = store._tools.storage = store._dispatcher.claim._storage = storage
     return store, storage

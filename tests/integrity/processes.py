@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptstore.errors import StaleWriterError
-from tests.integrity.stores import flat, opened, read, save, state
+from tests.integrity.stores import State, Tensors, flat, opened, read, save, state
 
 NAMES = ["model/w", "model/b", "optimizer/m"]
 
@@ -95,3 +95,16 @@ def forked(url: str, results: Any, store: Any) -> None:
         return number, "saved"
 
     told(results, work)
+
+
+def tuned_tensors(step: int) -> Tensors:
+    """A large part that never changes, and two that do."""
+    return {"model/base": b"frozen" * 5000, "model/lora": b"%d " % step * 100, "optimizer/m": b"m%d " % step * 100}
+
+
+def tuned(step: int) -> State:
+    """A state of these, the large one frozen."""
+    made = state(tuned_tensors(step))
+    for source in made.sources:
+        source.frozen = source.spec.name == "model/base"
+    return made

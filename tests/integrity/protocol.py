@@ -66,6 +66,9 @@ class Rules:
     all, before the tombstones."""
     settles: bool = True
     """Whether they are listed until they are the same twice in a row."""
+    trusts_the_dead: bool = False
+    """Whether a process that goes on after another died borrows by way of its last checkpoint, acknowledged or not,
+    also where the owner's record is gone."""
     at_once: bool = False
     """Whether a listing is a single step, as in a small folder."""
 
@@ -90,7 +93,13 @@ class Rules:
             yield s._replace(next="commit")
         elif s.next == "commit":
             yield s._replace(commits=s.commits | {s.borrower}, next="look")
+        elif s.next == "restart" and via in s.commits - s.graves and s.file:
+            if self.trusts_the_dead or "L" in s.commits:
+                yield s._replace(next="commit")
         elif s.next == "look":
+            if s.borrower == "B":
+                # Its process dies, and nobody knows whether it was acknowledged.
+                yield s._replace(borrower="V", next="restart")
             record, grave = via in s.commits, via in s.graves
             safe = {"record": record, "tombstone": not grave, "both": record and not grave, "nothing": True}[
                 self.looks_for

@@ -30,6 +30,7 @@ def test_no_interleaving_loses_a_file(at_once: bool, looks_for: str) -> None:
         Rules(lists="first", at_once=True),
         Rules(lists="first", looks_for="both", at_once=True),
         Rules(settles=False),
+        Rules(trusts_the_dead=True, at_once=True),
     ],
     ids=str,
 )
