@@ -30,6 +30,11 @@ def times(values: Sequence[float]) -> str:
     return _spread(values, "x", 2)
 
 
+def shares(values: Sequence[float]) -> str:
+    """``67.1 %``, of numbers from 0 to 1."""
+    return _spread([100 * value for value in values], "%", 1)
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The median over the rounds of ours / theirs.
 
@@ -51,8 +56,12 @@ def row(
 ) -> str:
     """One line: what | ckptstore | rivals | ckptstore / rival | machine limit."""
     shown = "<br>".join(f"{name}: {show(values)}" for name, values in rivals.items())
-    ratios = "<br>".join(f"{ratio(ours, values):.2g}" for values in rivals.values())
+    ratios = "<br>".join(_times_as_much(ratio(ours, values)) for values in rivals.values())
     return f"| {what} | {show(ours)}{note} | {shown} | {ratios} | {limit} |"
+
+
+def _times_as_much(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _spread(values: Sequence[float], unit: str, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""The README's second table: saving beside training, memory, frozen weights, verifying, growth."""
+"""The README's second table: saving beside training, memory, frozen weights, verifying, growth, compression."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ NAMES = {
     "torchsnapshot": "torchsnapshot, not synced",
     "safetensors": "safetensors + fsync",
 }
+CODECS = {"float-zstd": "float-zstd", "zstd:1": "zstd 1", "zstd:3": "zstd 3", "zipnn": "ZipNN"}
 FROZEN = NAMES | {"dcp": "`dcp.save`"}
 _IN_PLACE = ("dcp_overlapped", "dcp_process", "torch")
 _BY_COPY = ("dcp", "torchsnapshot", "torch")
@@ -35,6 +36,7 @@ def markdown(results: Measured) -> str:
         "frozen": _frozen,
         "verify": _verify,
         "growth": _growth,
+        "codec": _codec,
     }
     rows = [line for name, make in makers.items() if name in results for line in make(results[name])]
     return "\n".join([HEAD, *rows]) if rows else ""
@@ -118,6 +120,23 @@ def _grown(first: Measured, last: Measured, size: Callable[[Measured], str]) -> 
         measured = {name: values for name, values in rivals.items() if values}
         note = f", {statistics.median(ours) / statistics.median(before):.1f} x that of {size(first)}"
         yield row(f"{size(last)}: a {verb} takes", ours, measured, cells.seconds, note=note)
+
+
+def _codec(measured: Measured) -> Iterator[str]:
+    for kind, found in measured.items():
+        left = {CODECS[name]: [subject["ratio"]] for name, subject in found["subjects"].items()}
+        limit = f"entropy of the exponents: {found['bound']:.1%}"
+        yield row(f"`float-zstd` leaves of {kind}", left.pop(CODECS["float-zstd"]), left, cells.shares, limit=limit)
+    kind = "weights bf16"
+    for verb in ("encode", "decode"):
+        found = measured[kind]
+        speeds = {CODECS[name]: _speeds(subject[f"{verb}_s"], found) for name, subject in found["subjects"].items()}
+        what = f"`float-zstd` {verb}s {kind}, two threads"
+        yield row(what, speeds.pop(CODECS["float-zstd"]), speeds, cells.gigabytes_s)
+
+
+def _speeds(seconds: Mapping[str, Sequence[float]], found: Measured) -> list[float]:
+    return [2 * found["block_bytes"] / s for s in seconds["2"]]
 
 
 def _named(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, Sequence[float]]:
