@@ -20,6 +20,7 @@ _HOMES = {
     "undelete": "delete",
     "prune": "prune",
     "bench": "bench",
+    "doctor": "doctor",
 }
 """The module of each command, in the order in which the help lists them."""
 

@@ -18,8 +18,8 @@ from tests.cli.conftest import environment, process
 HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["bench", "--help"], ["verify", "--help"]])
-def test_help_imports_nothing_heavy(args: list[str]) -> None:
+@pytest.mark.parametrize("args", ["--help", "--version", "bench --help", "verify --help", "doctor --help"])
+def test_help_imports_nothing_heavy(args: str) -> None:
     """So that it answers at once."""
     program = (
         "import sys\n"
@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
         "try:\n    main()\n"
         "finally:\n    print([name for name in sys.modules], file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", program, *args]
+    command = [sys.executable, "-c", program, *args.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=True)
     loaded = set(eval(done.stderr))
     assert done.stdout
@@ -55,6 +55,7 @@ def test_looking_needs_no_torch(url: str, ids: list[str], no_torch: str) -> None
     assert process("verify", url, first=no_torch).exit_code == 0
     for command, *args in (["hold", "latest", "a"], ["release", "a"], ["delete", "latest", "--yes"], ["prune"]):
         assert process(command, url, *args, first=no_torch).exit_code == 0
+    assert process("doctor", url, "--size", "2MB", "--json", first=no_torch).json["blocks"]
 
 
 def test_bench_says_that_it_needs_torch(tmp_path: Path, no_torch: str) -> None:
