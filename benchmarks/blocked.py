@@ -28,7 +28,8 @@ def measure(
     """Seconds of each round, by saver.
 
     * ``call_s``: until the call returns;
-    * ``read_s``: until the state is read, counted from the call. A step that comes earlier waits for the rest;
+    * ``read_s``: until the state is read, counted from the call (by ckptstore: until it is durable, there is no sign
+      of it earlier). A step that comes before waits for the rest;
     * ``fence_s``: what ``optimizer.step()`` and what must be done before it still wait for after that;
     * ``total_s``: until the save is durable, counted from the call, a step in between included.
     """

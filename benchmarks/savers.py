@@ -44,7 +44,7 @@ class Saver:
         """Begin a save; on return, training may go on up to its next ``optimizer.step()``."""
 
     def read(self) -> None:
-        """Until nothing of the state is still to be read."""
+        """Until nothing of the state is still to be read, without hastening it."""
 
     def before_step(self) -> None:
         """What the user must do before ``optimizer.step()``, so that what is saved is what was there at the call."""
@@ -246,7 +246,8 @@ class Overlapped(Async):
         return super().__enter__()
 
     def read(self) -> None:
-        self._handle.wait_staged()
+        # wait_staged would copy what is not yet read, as a step does: there is no other sign of it than the end.
+        self.wait()
 
 
 SAVERS: dict[str, Callable[[str, Workload], Saver]] = {
