@@ -9,19 +9,19 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.plan import Change
 from ckptstore.engine.saver import Job, Tools
-from ckptstore.engine.stage import Stage, StateMoved, copied
+from ckptstore.engine.stage import Stage, StateMoved
 from ckptstore.engine.workers import cores, give_way
 from ckptstore.errors import CheckpointError, SaveFailedError, StorageError
 
 _log = logging.getLogger("ckptstore")
-_COPIES = 5
-"""How often a state that changes while it is copied is copied again."""
+_TRIES = 5
+"""How often a save is begun of a state that is written to while it is read."""
 
 
 class TornReadWarning(UserWarning):
@@ -61,9 +61,9 @@ class SaveHandle:
         self._tools, self._job, self._save = tools, job, save
         self._began, self._ended = began, 0.0
         self._pid = os.getpid()
-        # Reentrant, all of them: a signal handler may use the handle while its own thread does.
-        self._turn = threading.RLock()
+        # Its lock is reentrant: a signal handler may use the handle while its own thread does.
         self._changed = threading.Condition()
+        self._holder: int | None = None
         self._stage: Stage | None = None
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
@@ -157,7 +157,7 @@ class SaveHandle:
         """Return when ``change`` may happen: what it changes was read by then, or copied."""
         began = time.perf_counter()
         try:
-            with self._turn:
+            with self._turn():
                 stage = self._planned_stage()
                 if stage is not None:
                     self._copy_rest(stage, change)
@@ -168,9 +168,8 @@ class SaveHandle:
         try:
             self.copied_bytes += stage.copy_rest(change, cores())
         except StateMoved:
-            # Where even that fails the save fails, in its own thread: training is not stopped.
-            with contextlib.suppress(SaveFailedError):
-                self._copy_again()
+            # Nothing changes it now, as this is the thread that would.
+            self.copied_bytes += self._begin_again(stage).copy_rest(Change.ALL, cores())
 
     # -- the save's own thread ---------------------------------------------------------------------------
 
@@ -203,37 +202,55 @@ class SaveHandle:
         with self._changed:
             self._stage, self.raw_bytes = stage, stage.plan.raw_bytes
             self._changed.notify_all()
-        while True:
+        for _ in range(_TRIES):
             try:
                 return self._save(self._job, stage)
-            except StateMoved:
-                with self._turn:
-                    # At the fence the training thread may have done so already.
-                    if self._stage is stage:
-                        self._copy_again()
-                    assert self._stage is not None
-                    stage = self._stage
-
-    def _copy_again(self) -> None:
-        """Begin anew with a copy of the state as it is now."""
-        old = self._stage
-        assert old is not None
-        self._warning = (
-            f"step {self.step}: {old.moved!r} was written to, by something else than an optimizer's step, while it was "
-            "read in place. The save was begun again from a copy, and holds the state after that writing. Call "
-            "wait_staged() of the handle before you write by hand, save after it, or save with mode='async'"
-        )
-        old.end()
-        for _ in range(_COPIES):
-            with contextlib.suppress(StateMoved):
-                self._stage = copied(old.plan, self._tools.pool, self._tools.area, cores())
-                self.copied_bytes += self._stage.plan.raw_bytes
-                return
+            except StateMoved as moved:
+                name = moved.name
+                stage = self._successor(stage)
         raise SaveFailedError(
-            f"step {self.step} was not saved: {old.moved!r} is written to all the time by something else than an "
+            f"step {self.step} was not saved: {name!r} is written to all the time by something else than an "
             "optimizer's step. Save where nothing writes, with mode='async'",
             step=self.step,
         )
+
+    def _successor(self, stage: Stage) -> Stage:
+        """The stage that takes the place of a torn one: begun here, or at the fence by the training thread."""
+        with self._changed:
+            # Who holds the turn may be about to replace it, and then waits for what is read of the new one.
+            self._changed.wait_for(lambda: self._stage is not stage or self._holder is None)
+            if self._stage is stage:
+                self._begin_again(stage)
+            assert self._stage is not None
+            return self._stage
+
+    def _begin_again(self, torn: Stage) -> Stage:
+        """Have the save begin anew with the state as it is now."""
+        self._warning = (
+            f"step {self.step}: {torn.moved!r} was written to, by something else than an optimizer's step, while it "
+            "was read in place. The save was begun again, and holds the state after that writing. Call wait_staged() "
+            "of the handle before you write by hand, save after it, or save with mode='async'"
+        )
+        torn.end()
+        torn.plan.rebase()
+        with self._changed:
+            stage = self._stage = self._tools.stage(torn.plan, safe=Change.NOTHING)
+            self._changed.notify_all()
+        return stage
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Held by the thread that is about to change the state. Reentrant, for the sake of signal handlers."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._holder in (None, me))
+            before, self._holder = self._holder, me
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holder = before
+                self._changed.notify_all()
 
     def _planned_stage(self) -> Stage | None:
         """The stage, as soon as the files are planned; None where the save has ended."""

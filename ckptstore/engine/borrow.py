@@ -1,7 +1,8 @@
 """Files that needn't be written again: those of the checkpoint before that hold the same bytes.
 
-A borrowed file must outlive its lender's deletion without a lease. Whoever reclaims looks at the tombstone first and at
-the commits after it; whoever borrows commits first and looks at its lender after that. So one of them sees the other.
+A borrowed file must outlive its lender's deletion without a lease. Whoever reclaims removes the lender's record first
+and lists the commits after that; whoever borrows commits first and looks for that record after it. So one sees the
+other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ class Lender:
         except (IntegrityError, FormatError):
             return None
         # Several ranks may have files of one name.
-        return cls.of(record, contents.digest, contents.parts[0].files) if len(contents.parts) == 1 else None
+        if len(contents.parts) != 1:
+            return None
+        # Its process may have died before its own look: only an owner whose record is there even now, after its commit,
+        # can't be in the hands of somebody who doesn't know that it borrows.
+        files = [f for f in contents.parts[0].files if f.owner == record.id or _is_committed(storage, f.owner)]
+        return cls.of(record, contents.digest, files)
 
     def candidate(self, file: PlannedFile, step: int) -> FileEntry | None:
         """The file here that may well hold the same bytes: of what is frozen, or of the very same step."""
@@ -76,15 +82,27 @@ def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) 
 
 
 def is_safe(storage: Storage, lender: Lender, borrowed: Sequence[FileEntry]) -> bool:
-    """Whether nobody can be about to remove what ``borrowed`` names; asked after the borrower's commit.
+    """Whether what ``borrowed`` names is there and nobody can be about to remove it; asked after the borrower's commit.
 
-    As long as the lender's commit record is there, every earlier look at the commits saw it, and kept what it borrows
-    itself; every later one sees the borrower. Its own files are safe as long as nobody has buried it.
+    Whoever removes the lender's own files lists the commits after its record is gone, and finds the borrower. Whoever
+    removes what the lender borrows itself finds the lender as long as its record is there, and the borrower after that.
+    A lender that is buried will be gone soon: its own files are better written anew.
     """
     buried = {entry.key for entry in storage.list(layout.TRASH)}
     if layout.tombstone_key(lender.id) in buried and any(file.owner == lender.record.id for file in borrowed):
         return False
+    return _is_committed(storage, lender.record.id) and all(_lies_there(storage, file) for file in borrowed)
+
+
+def _is_committed(storage: Storage, id: str) -> bool:
     try:
-        return isinstance(read_fate(storage, lender.id), CommitRecord)
+        return isinstance(read_fate(storage, parse_id(id)), CommitRecord)
     except (NotFoundError, IntegrityError, FormatError):
+        return False
+
+
+def _lies_there(storage: Storage, file: FileEntry) -> bool:
+    try:
+        return storage.size(layout.file_key(parse_id(file.owner), file.name)) == file.stored_bytes
+    except (NotFoundError, IntegrityError):
         return False

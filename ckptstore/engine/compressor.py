@@ -24,7 +24,7 @@ class Compressor:
     """
 
     def __init__(self, compression: Compression, threads: int) -> None:
-        self._compression, self._threads = compression, threads
+        self.compression, self._threads = compression, threads
         self._auto = compression.codec == "auto"
         self._lock = threading.Lock()
         self._trials = 0
@@ -37,12 +37,12 @@ class Compressor:
     @property
     def encodes(self) -> bool:
         """Whether blocks may be encoded, so that their place in the file isn't known before."""
-        return self._compression.codec != "none"
+        return self.compression.codec != "none"
 
     def encode(self, raw: memoryview, segments: Sequence[tuple[str, int]]) -> tuple[str, Buffer]:
         """The codec used and the bytes to store."""
         if not self._auto:
-            return encode(raw, self._compression, segments)
+            return encode(raw, self.compression, segments)
         if not self._worth_it():
             return "none", raw
         began = time.thread_time()

@@ -198,7 +198,8 @@ class Saver:
             record = self._commit(again, job, entries, write, last_look=lambda: None)
             broken = Lender.of(first, self.store.digest, files)
             if own and not is_safe(self.tools.storage, broken, list(own.values())):
-                bury(self.tools.storage, again, self.store.store_id, lost)
+                with contextlib.suppress(ExistsError):
+                    bury(self.tools.storage, again, self.store.store_id, lost)
                 raise SaveFailedError(f"{again} was not saved: {lost}; save again", id=str(again), step=again.step)
         finally:
             with contextlib.suppress(ExistsError):

@@ -219,9 +219,9 @@ class Stage:
         while True:
             with self._changed:
                 # The buffer first: a block that is claimed and has none would be waited for by those who give back.
-                while (buffer := self._area.try_take()) is None and self._drop_taken(rest):
+                while (buffer := self._area.try_take()) is None and self._drop_taken(rest) and not self._unusable:
                     self._changed.wait()
-                if not self._drop_taken(rest):
+                if not self._drop_taken(rest) or self._unusable:
                     if buffer is not None:
                         self._area.give_back(buffer)
                     return
@@ -251,19 +251,3 @@ class Stage:
                     self._copies[block] = buffer
                 self._changed.notify_all()
         return block.length
-
-
-def copied(plan: Plan, pool: BufferPool, area: StagingArea, threads: int) -> Stage:
-    """A stage whose blocks all are copies of what the state is now.
-
-    Raises:
-        StateMoved: the state changed while it was copied.
-    """
-    plan.rebase()
-    stage = Stage(plan, pool, area, safe=Change.FICKLE)
-    try:
-        stage.copy_rest(Change.ALL, threads)
-    except BaseException:
-        stage.end()
-        raise
-    return stage

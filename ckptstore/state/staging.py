@@ -157,11 +157,12 @@ def settle(
     owned = _addresses(_fenced)
     renormed = {p.data_ptr() for module in modules for p in _renormed(module)}
     window = Window(set(), set())
-    small = []
+    kept = []
     for source in sources:
         source.fickle = False
-        if source.nbytes < IN_PLACE_BYTES:
-            small.append(source)
+        if source.nbytes < IN_PLACE_BYTES or source.live is None or source.live.is_inference():
+            # Also what has no version counter: it could never be copied safely later on.
+            kept.append(source)
         elif not _stays(source, owned) or source.address in renormed:
             source.fickle = True
         else:
@@ -171,14 +172,12 @@ def settle(
         return None
     for module in modules:
         fence_module(module)
-    _keep(small)
+    _keep(kept)
     return window
 
 
 def _stays(source: TensorSource, owned: set[int]) -> bool:
-    if source.live is None or not source.address or source.live.is_inference():
-        return False
-    return source.frozen or source.address in owned
+    return source.address > 0 and (source.frozen or source.address in owned)
 
 
 def _renormed(module: torch.nn.Module) -> Iterable[torch.Tensor]:

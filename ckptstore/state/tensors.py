@@ -143,8 +143,8 @@ class TensorSource:
         self._version = None if self.live is None else self.live._version
 
     def rebase(self) -> None:
-        """Note it anew, where it was noted."""
-        if self._version is not None:
+        """What is read from live memory is watched from now on, whatever it was."""
+        if self._kept is None and self.nbytes:
             self.watch()
 
     def moved(self) -> bool:

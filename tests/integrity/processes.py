@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from ckptstore.errors import StaleWriterError
+from ckptstore.errors import CommitUnknownError, ExistsError, NotFoundError, SaveFailedError, StaleWriterError
 from tests.integrity.stores import State, Tensors, flat, opened, read, save, state
 
 NAMES = ["model/w", "model/b", "optimizer/m"]
@@ -108,3 +111,50 @@ def tuned(step: int) -> State:
     for source in made.sources:
         source.frozen = source.spec.name == "model/base"
     return made
+
+
+def tune(url: str, results: Any, count: int, *, ready: Any, done: Any) -> None:
+    """Save ``count`` times what is mostly frozen: (the ids acknowledged, how many borrowed, how many saves failed).
+
+    One may fail because the checkpoint from which it rewrote was deleted too, or be deleted before it is read back.
+    """
+
+    def work() -> tuple[list[str], int, int]:
+        borrowed = failed = 0
+        try:
+            with opened(url) as store:
+                acknowledged = [save(store, tuned(0), 0).id]
+                ready.wait(60)
+                for step in range(1, count + 1):
+                    try:
+                        saved = save(store, tuned(step), step)
+                    except (SaveFailedError, CommitUnknownError):
+                        failed += 1
+                        continue
+                    acknowledged.append(saved.id)
+                    borrowed += bool(saved.record.lenders)
+        finally:
+            done.set()
+        return acknowledged, borrowed, failed
+
+    told(results, work)
+
+
+def reap(url: str, results: Any, seed: int, *, ready: Any, done: Any) -> None:
+    """Delete checkpoints at random, the newest too, and reclaim them at once, until the saving is done: their ids."""
+
+    def work() -> list[str]:
+        choose, deleted = random.Random(seed), []
+        ready.wait(60)
+        while not done.is_set():
+            with opened(url) as store:
+                for checkpoint in store.checkpoints():
+                    if choose.random() < 0.3:
+                        with suppress(NotFoundError, ExistsError):
+                            deleted.append(store.delete(checkpoint.id).id)
+                            # Older than the grace, which spares the save that is running.
+                            os.utime(Path(url, "trash", f"{checkpoint.id}.json"), (0, 0))
+                store.prune(grace_s=3600)
+        return deleted
+
+    told(results, work)

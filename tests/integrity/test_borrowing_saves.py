@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from ckptstore.engine import saver
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import NotFoundError, SaveFailedError
 from tests.integrity.borrowing import interrupted
-from tests.integrity.processes import tuned, tuned_tensors
+from tests.integrity.crash import Crash
+from tests.integrity.processes import reap, tune, tuned, tuned_tensors
 from tests.integrity.stores import FolderRaw, MemoryRaw, Raw, opened, read, save
+from tests.integrity.test_races import SPAWN, run
 
 GRACE_S = 3600.0
 """Tombstones are made older here, unfinished saves are younger."""
@@ -117,3 +122,104 @@ def test_all_before_is_deleted_during_a_save(chain: int) -> None:
         assert scene.whole() == [10] * (saved is not None) + [11]
         outcomes["failed" if saved is None else "borrowed" if saved.record.lenders else "in full"] += 1
     assert set(outcomes) >= {"borrowed", "in full"}, outcomes
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_lender_that_has_lost_its_file(how: str, restart: bool) -> None:
+    """Nobody borrows what isn't there: the next save writes it, and goes on from there."""
+    scene = Scene(2)
+    [key] = base_files(scene.raw)
+    good = scene.raw.get(key)
+    scene.raw.remove(key) if how == "removed" else scene.raw.put(key, good[:-1])
+    if restart:
+        scene.store = opened(scene.raw.url)
+    saved = scene.save(10)
+    assert saved is not None
+    assert saved.record.lenders == []
+    assert save(scene.store, tuned(11), 11).record.lenders == [saved.id]
+    with opened(scene.raw.url) as store:
+        assert read(store, saved) == tuned_tensors(10)
+
+
+class HeldUp:
+    """A prune, in a thread, that stops before it removes ``key`` until it is told to go on."""
+
+    def __init__(self, raw: Raw, key: str) -> None:
+        self.store = opened(raw.url)
+        self.key, self.stopped, self.go_on = key, threading.Event(), threading.Event()
+        self._delete = self.store._storage.delete
+        self.store._storage.delete = self._wait  # type: ignore[method-assign]
+        self.thread = threading.Thread(target=lambda: self.store.prune(grace_s=GRACE_S))
+
+    def _wait(self, keys: Iterable[str]) -> None:
+        keys = list(keys)
+        if self.key in keys:
+            self.stopped.set()
+            assert self.go_on.wait(60)
+        self._delete(keys)
+
+    def start(self) -> None:
+        self.thread.start()
+        assert self.stopped.wait(60)
+
+    def end(self) -> None:
+        self.go_on.set()
+        self.thread.join()
+
+
+def test_a_borrower_that_was_never_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process died between commit and second look, so a prune may not know of it: nobody borrows by way of it.
+
+    That prune has listed the commits before, and is held up until the next process has saved.
+    """
+    scene = Scene(1)
+    [key] = base_files(scene.raw)
+    with opened(scene.raw.url) as other:
+        other.delete(scene.chain[0].id)
+    tombstone = f"trash/{scene.chain[0].id}.json"
+    prune = HeldUp(scene.raw, key)
+    create, look = scene.storage.inner.create, saver.is_safe
+
+    def creating(name: str, data: bytes) -> None:
+        if name.startswith("commits/"):
+            scene.raw.objects[tombstone] = scene.raw.objects[tombstone]._replace(modified=0.0)
+            prune.start()
+            create(name, data)
+            raise Crash
+        create(name, data)
+
+    # Not seen by the first look, as if it had been deleted right after it.
+    monkeypatch.setattr(saver, "is_safe", lambda *_: True)
+    scene.storage.inner.create = creating  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        save(scene.store, tuned(10), 10)
+    scene.storage.inner.create = create  # type: ignore[method-assign]
+    monkeypatch.setattr(saver, "is_safe", look)
+    with opened(scene.raw.url) as store:
+        saved = save(store, tuned(11), 11)
+    prune.end()
+    assert key not in scene.raw.listing()
+    with opened(scene.raw.url) as store:
+        assert read(store, saved) == tuned_tensors(11)
+
+
+def test_processes_that_save_delete_and_prune(store_path: Path, full: bool) -> None:
+    """One saves what is mostly frozen, two delete at random and reclaim at once: what was acknowledged is whole."""
+    count, url, ready = (400 if full else 60), str(store_path), {"ready": SPAWN.Barrier(3), "done": SPAWN.Event()}
+    (acknowledged, borrowed, failed), *reaped = run(
+        (tune, (url, count), ready), (reap, (url, 1), ready), (reap, (url, 2), ready)
+    )
+    deleted = {id for ids in reaped for id in ids}
+    with opened(url) as store:
+        live = store.checkpoints()
+        for checkpoint in live:
+            assert read(store, checkpoint) == tuned_tensors(checkpoint.step)
+        assert {c.id for c in live} == set(acknowledged) - deleted
+        store.prune(grace_s=0)
+        report = store.verify()
+    assert report.ok
+    assert report.leftovers == report.foreign == []
+    assert len(acknowledged) + failed == count + 1
+    assert borrowed > 0
+    assert len(deleted) > count // 4

@@ -40,7 +40,7 @@ from tests.integrity.crash import Crash, CrashingStorage
 from tests.integrity.stores import FolderRaw, MemoryRaw, Raw, Tensors, flat, opened, read, save, silence, state
 
 FAST = Path("/dev/shm")
-COMPRESSION = ["none", "zstd"]
+COMPRESSION = ["none", "zstd", "float-zstd"]
 
 
 @dataclass
@@ -218,7 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Killed in the middle of anything: each id then exists whole, or not at all, and nothing else is touched."""
         store = self.store
         crashing = CrashingStorage(store._storage, at, after=after)
-        store._storage = crashing
+        store._storage = store._finder._storage = store._tools.storage = store._dispatcher.claim._storage = crashing
         tensors = self.contents(at)
         victim = next((id for id in self.listed() if id not in self.holds.values()), None)
         actions: dict[str, Callable[[], object]] = {
@@ -238,7 +238,7 @@ class StoreMachine(RuleBasedStateMachine):
             except CheckpointError:
                 fired = False
         assert fired == crashing.dead
-        self.stores = [opened(self.raw.url, compression=store._compression.codec)]
+        self.stores = [opened(self.raw.url, compression=store._tools.compressor.compression.codec)]
         if not fired and isinstance(done, Checkpoint) and action == "save":
             self.acknowledged(done, tensors)
         self.reconcile(action, victim, tensors)
