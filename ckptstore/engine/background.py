@@ -175,17 +175,19 @@ class SaveHandle:
 
     def _run(self) -> None:
         try:
+            stage = self._first_stage()
             if threading.current_thread() is self._thread:
+                # Not before: the caller may be waiting for the plan.
                 give_way()
-            self._checkpoint = self._attempts()
+            self._checkpoint = self._attempts(stage)
         except BaseException as error:
             self._error = error if isinstance(error, CheckpointError) else _failed(self.step, error)
             _untold.add(self)
         finally:
-            stage, self._stage = self._stage, None
-            if stage is not None:
-                stage.end()
-                stage.plan.release()
+            last, self._stage = self._stage, None
+            if last is not None:
+                last.end()
+                last.plan.release()
             if self.mode == "overlapped":
                 # Async needs its copies again at every save; here they were needed because a step came early.
                 self._tools.area.trim()
@@ -196,12 +198,15 @@ class SaveHandle:
             with self._changed:
                 self._changed.notify_all()
 
-    def _attempts(self) -> Checkpoint:
+    def _first_stage(self) -> Stage:
         safe = Change.NOTHING if self.mode == "overlapped" else Change.ALL
         stage = self._tools.stage(self._tools.plan(self._job.state), safe=safe)
         with self._changed:
             self._stage, self.raw_bytes = stage, stage.plan.raw_bytes
             self._changed.notify_all()
+        return stage
+
+    def _attempts(self, stage: Stage) -> Checkpoint:
         for _ in range(_TRIES):
             try:
                 return self._save(self._job, stage)

@@ -40,6 +40,8 @@ class Source(Protocol):
 
     @property
     def spec(self) -> Spec: ...
+    @property
+    def near(self) -> bool: ...
     def read_into(self, offset: int, out: memoryview) -> None: ...
     def view(self, offset: int, length: int) -> memoryview: ...
     def moved(self) -> bool: ...
@@ -80,8 +82,9 @@ class PlannedFile:
         pieces = self.stream.pieces(number)
         for index, begin, length, offset in pieces:
             source = self.sources[index]
-            for at in range(0, length, PIECE_BYTES):
-                stop = min(at + PIECE_BYTES, length)
+            step = PIECE_BYTES if hasher is not None and source.near else length
+            for at in range(0, length, step):
+                stop = min(at + step, length)
                 source.read_into(begin + at, raw[offset + at : offset + stop])
                 if hasher is not None and offset + stop - hashed >= PIECE_BYTES:
                     hasher.update(raw[hashed : offset + stop])

@@ -124,3 +124,7 @@ def numpy_dtype(text: object) -> np.dtype[np.generic]:
     if numpy_stored(dtype) is None:
         raise FormatError(f"element type {text!r} has another layout on this machine; load it where it was saved")
     return dtype
+
+
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Item size → a type that torch can copy, so that types without arithmetic are moved too."""

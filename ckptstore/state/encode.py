@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ckptstore.errors import StateError
 from ckptstore.state import modules, optimizer, rng
+from ckptstore.state.device import DeviceReader
 from ckptstore.state.dtypes import CODE_BYTES, TORCH_STORED, numpy_stored
 from ckptstore.state.registry import Registration, is_namedtuple, registered_class, type_name
 from ckptstore.state.tensors import TensorSource, TensorSpec
@@ -88,6 +89,7 @@ class Encoder:
         self._shared: dict[Any, str] = {}
         self._active: dict[int, str] = {}
         self._optimizers: list[tuple[torch.optim.Optimizer, str, dict[str, Json]]] = []
+        self._readers: dict[torch.device, DeviceReader] = {}
         self._in_key = False
 
     def finish(self) -> None:
@@ -124,11 +126,21 @@ class Encoder:
         if name is None:
             name = self._name(path)
             spec = TensorSpec(name, row.code, shape + row.tail, row.logical)
-            own = pointer if shares and value.is_cpu and value.is_contiguous() else 0
-            self.sources.append(TensorSource(spec, count * value.element_size(), value, address=own))
+            reader = self._reader(value)
+            own = pointer if shares and (reader or value.is_cpu) and value.is_contiguous() else 0
+            nbytes = count * value.element_size()
+            self.sources.append(TensorSource(spec, nbytes, value, place=own, reader=reader))
             if shares:
                 self._shared[key] = name
         return {TAG: "tensor", "name": name}
+
+    def _reader(self, value: torch.Tensor) -> DeviceReader | None:
+        """What reads a tensor on a device; made here, in the caller's thread, because it waits for its stream."""
+        if not value.is_cuda:
+            return None
+        if value.device not in self._readers:
+            self._readers[value.device] = DeviceReader(value.device)
+        return self._readers[value.device]
 
     def parameter(self, value: torch.Tensor, name: str) -> None:
         """Note a module's parameter, under its first name."""

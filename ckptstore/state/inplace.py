@@ -14,10 +14,9 @@ import torch
 from ckptstore.errors import StateError
 from ckptstore.state import modules, rng
 from ckptstore.state.decode import Maker
-from ckptstore.state.dtypes import TORCH_STORED, torch_name
+from ckptstore.state.dtypes import CARRIERS, TORCH_STORED, torch_name
 from ckptstore.state.encode import Encoder
 from ckptstore.state.registry import is_namedtuple, type_name
-from ckptstore.state.tensors import CARRIERS
 
 GENERATOR_KINDS = {cls: kind for kind, cls in rng.GENERATORS.items()}
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -163,10 +163,10 @@ def settle(
         if source.nbytes < IN_PLACE_BYTES or source.live is None or source.live.is_inference():
             # Also what has no version counter: it could never be copied safely later on.
             kept.append(source)
-        elif not _stays(source, owned) or source.address in renormed:
+        elif not _stays(source, owned) or source.place in renormed:
             source.fickle = True
         else:
-            (window.frozen if source.frozen else window.trained).add(source.address)
+            (window.frozen if source.frozen else window.trained).add(source.place)
             source.watch()
     if not window.trained:
         return None
@@ -177,7 +177,7 @@ def settle(
 
 
 def _stays(source: TensorSource, owned: set[int]) -> bool:
-    return source.address > 0 and (source.frozen or source.address in owned)
+    return source.place > 0 and (source.frozen or source.place in owned)
 
 
 def _renormed(module: torch.nn.Module) -> Iterable[torch.Tensor]:

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +14,13 @@ import numpy.typing as npt
 import torch
 
 from ckptstore.errors import FormatError, StateError
-from ckptstore.state.dtypes import CODE_BYTES, torch_dtype
+from ckptstore.state.device import DeviceReader
+from ckptstore.state.dtypes import CARRIERS, CODE_BYTES, torch_dtype
 
 Bytes = npt.NDArray[np.uint8]
 
 MAX_DIMENSIONS = 64
 """The most that NumPy handles."""
-
-CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""Item size → a type that torch can copy, so that types without arithmetic are moved too."""
 
 # One lock for all: it is held while a view or a host copy is made, and copies don't gain from running at once.
 _LOCK = threading.RLock()
@@ -70,7 +69,8 @@ class TensorSource:
         spec: name, stored type and stored shape.
         nbytes: of the contiguous image.
         live: the torch tensor itself, or None where the source is an array or bytes.
-        address: where the image lies, for a contiguous tensor on the CPU whose own memory it is; 0 for all others.
+        place: where the image lies, for a contiguous tensor whose own memory it is, on the CPU or with a ``reader``; 0
+            for all others.
         frozen: it is a parameter that isn't trained.
         fickle: nobody knows when it changes.
     """
@@ -79,13 +79,14 @@ class TensorSource:
         "_array",
         "_image",
         "_kept",
+        "_reader",
         "_storage",
         "_version",
-        "address",
         "fickle",
         "frozen",
         "live",
         "nbytes",
+        "place",
         "spec",
     )
 
@@ -96,11 +97,13 @@ class TensorSource:
         live: torch.Tensor | None,
         array: np.ndarray | None = None,
         *,
-        address: int = 0,
+        place: int = 0,
+        reader: DeviceReader | None = None,
     ) -> None:
-        self.address = address
+        self.place = place
+        self._reader = reader
         # Held itself, because a tensor may be given other memory while its old one is still read.
-        self._storage = live.untyped_storage() if live is not None and address else None
+        self._storage = live.untyped_storage() if live is not None and place else None
         self.spec = spec
         self.nbytes = nbytes
         self.live = live
@@ -113,30 +116,43 @@ class TensorSource:
     def read_into(self, offset: int, out: memoryview) -> None:
         """Copy bytes ``[offset, offset + len(out))`` of the image into ``out``; any thread.
 
-        The first call makes a host copy of a tensor on a device or not contiguous; others are read in place.
+        The first call makes a host copy of a tensor that is not contiguous; others are read in place.
         """
         if not 0 <= offset <= offset + out.nbytes <= self.nbytes:
             raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         if not out.nbytes:
             return
-        if self.address:
-            copy_memory(address_of(out), self.address + offset, out.nbytes)
+        if self._reader is not None and self.live is not None and self.place:
+            self._reader.read_into(self.live, offset, out)
+            return
+        if self.place:
+            copy_memory(address_of(out), self.place + offset, out.nbytes)
             return
         part = self._bytes()[offset : offset + out.nbytes]
         # NumPy lets go of the interpreter lock while it copies; a slice assignment of memoryviews doesn't.
         np.copyto(np.frombuffer(out, np.uint8), part)
 
+    @property
+    def near(self) -> bool:
+        """Whether the image lies in this machine's memory, so that small pieces cost nothing."""
+        return self._reader is None
+
     def view(self, offset: int, length: int) -> memoryview:
-        """The bytes ``[offset, offset + length)`` of the image where they lie, for reading; any thread."""
-        if self.address:
-            return memoryview((ctypes.c_ubyte * length).from_address(self.address + offset)).cast("B")
+        """The bytes ``[offset, offset + length)`` of the image, where they lie if that is here; any thread."""
+        if self._reader is not None and self.place:
+            copy = memoryview(bytearray(length))
+            self.read_into(offset, copy)
+            return copy
+        if self.place:
+            return memoryview((ctypes.c_ubyte * length).from_address(self.place + offset)).cast("B")
         return self._bytes()[offset : offset + length].data
 
     def keep(self, out: Bytes) -> None:
         """Copy the image into ``out``, which has its size, and read it from there from now on."""
         if self.nbytes:
             self.read_into(0, out.data)
-        self._kept, self._image, self._storage, self.address, self._version = out, None, None, 0, None
+        self._kept, self._image, self._storage, self._reader, self._version = out, None, None, None, None
+        self.place = 0
 
     def watch(self) -> None:
         """Note what the tensor is now, so that ``moved`` tells whether torch has written to it since."""
@@ -164,7 +180,8 @@ class TensorSource:
     def _make_image(self) -> Bytes:
         with _LOCK:
             if self._image is None:
-                self._image = array_image(self._array) if self.live is None else tensor_image(self.live)
+                with self._reader.queue() if self._reader is not None else nullcontext():
+                    self._image = array_image(self._array) if self.live is None else tensor_image(self.live)
             return self._image
 
 

@@ -61,6 +61,8 @@ class Source:
     def view(self, offset: int, length: int) -> memoryview:
         return self.data[offset : offset + length]
 
+    near = True
+
     def moved(self) -> bool:
         return False
 

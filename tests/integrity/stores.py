@@ -52,6 +52,8 @@ class Source:
             self.on_read()
         return memoryview(self.data)[offset : offset + length]
 
+    near = True
+
     def moved(self) -> bool:
         return False
 
