@@ -160,10 +160,11 @@ def settle(
     kept = []
     for source in sources:
         source.fickle = False
+        stays = _stays(source, owned) and source.place not in renormed
         if source.nbytes < IN_PLACE_BYTES or source.live is None or source.live.is_inference():
             # Also what has no version counter: it could never be copied safely later on.
-            kept.append(source)
-        elif not _stays(source, owned) or source.place in renormed:
+            kept.append((source, not stays))
+        elif not stays:
             source.fickle = True
         else:
             (window.frozen if source.frozen else window.trained).add(source.place)
@@ -177,6 +178,8 @@ def settle(
 
 
 def _stays(source: TensorSource, owned: set[int]) -> bool:
+    if source.live is None or source.live.is_inference():
+        return False
     return source.place > 0 and (source.frozen or source.place in owned)
 
 
@@ -187,12 +190,15 @@ def _renormed(module: torch.nn.Module) -> Iterable[torch.Tensor]:
             yield from part.parameters(recurse=False)
 
 
-def _keep(sources: list[TensorSource]) -> None:
-    """Copy the bytes of all ``sources`` into one piece of memory."""
-    room = np.empty(sum(source.nbytes for source in sources), np.uint8)
+def _keep(sources: list[tuple[TensorSource, bool]]) -> None:
+    """Copy the bytes of all sources into one piece of memory, for good or until the save has to begin again.
+
+    A parameter is read again then, however small it is, so that it fits the large ones; batch statistics are not.
+    """
+    room = np.empty(sum(source.nbytes for source, _ in sources), np.uint8)
     at = 0
-    for source in sources:
-        source.keep(room[at : at + source.nbytes])
+    for source, for_good in sources:
+        source.keep(room[at : at + source.nbytes], for_good=for_good)
         at += source.nbytes
 
 

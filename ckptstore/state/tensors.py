@@ -122,10 +122,10 @@ class TensorSource:
             raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         if not out.nbytes:
             return
-        if self._reader is not None and self.live is not None and self.place:
+        if self._reader is not None and self.live is not None and self.place and self._kept is None:
             self._reader.read_into(self.live, offset, out)
             return
-        if self.place:
+        if self.place and self._kept is None:
             copy_memory(address_of(out), self.place + offset, out.nbytes)
             return
         part = self._bytes()[offset : offset + out.nbytes]
@@ -139,28 +139,30 @@ class TensorSource:
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes ``[offset, offset + length)`` of the image, where they lie if that is here; any thread."""
-        if self._reader is not None and self.place:
+        if self._reader is not None and self.place and self._kept is None:
             copy = memoryview(bytearray(length))
             self.read_into(offset, copy)
             return copy
-        if self.place:
+        if self.place and self._kept is None:
             return memoryview((ctypes.c_ubyte * length).from_address(self.place + offset)).cast("B")
         return self._bytes()[offset : offset + length].data
 
-    def keep(self, out: Bytes) -> None:
-        """Copy the image into ``out``, which has its size, and read it from there from now on."""
+    def keep(self, out: Bytes, *, for_good: bool) -> None:
+        """Copy the image into ``out``, which has its size, and read it from there, ``for_good`` or until ``rebase``."""
         if self.nbytes:
             self.read_into(0, out.data)
-        self._kept, self._image, self._storage, self._reader, self._version = out, None, None, None, None
-        self.place = 0
+        self._kept, self._image = out, None
+        if for_good:
+            self.place, self._storage, self._reader, self._version = 0, None, None, None
 
     def watch(self) -> None:
         """Note what the tensor is now, so that ``moved`` tells whether torch has written to it since."""
         self._version = None if self.live is None else self.live._version
 
     def rebase(self) -> None:
-        """What is read from live memory is watched from now on, whatever it was."""
-        if self._kept is None and self.nbytes:
+        """Read it from live memory from now on, and watch it, unless it was copied for good."""
+        if self.live is not None and (self._kept is None or self.place):
+            self._kept = None
             self.watch()
 
     def moved(self) -> bool:

@@ -25,8 +25,8 @@ class Saved:
     """A save and the states that it may hold.
 
     The one at the call; or, begun again after a write that the fence didn't see, that of one later moment in all that
-    is large. What is small was copied at the call. Moments are those of the memory that was there at the call: an
-    optimizer that loads gets other tensors, and a parameter may be given other memory.
+    is trained, frozen or large; what else is small was copied at the call. Moments are those of the memory that was
+    there at the call: an optimizer that loads gets other tensors, and a parameter may be given other memory.
     """
 
     def __init__(self, handle: cs.SaveHandle, tensors: dict[str, torch.Tensor], at_call: Digests, closed: bool) -> None:
@@ -53,7 +53,8 @@ class Saved:
 def lively(chance: random.Random, store: cs.Store, deeds: int) -> tuple[int, int]:
     """One run of ``deeds`` random deeds, with saves and writes by hand in between: saves, and those begun again."""
     run = Run(chance)
-    small = {name for name, tensor in run.tensors().items() if tensor.nbytes < 1024}
+    copied = ("ema/", "spare", "model/norm.running", "model/norm.num", "model/average")
+    small = {name for name, tensor in run.tensors().items() if tensor.nbytes < 1024 and name.startswith(copied)}
     saves: list[Saved] = []
     current: Saved | None = None
 
