@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ckptstore as cs
-from tests.golden.make import HERE, plain_state, trained
+from tests.golden.make import HERE, exponents, plain_state, trained, tuned
 
 STORES = sorted(path for path in HERE.iterdir() if path.is_dir() and path.name.startswith("v"))
 
@@ -46,7 +46,7 @@ def test_verifies(golden: Path) -> None:
     """Every byte is good, and nothing lies there that isn't known."""
     report = cs.open(golden, read_only=True).verify()
     assert report.ok
-    assert (len(report.checkpoints), report.leftovers, report.foreign) == (3, [], [])
+    assert (len(report.checkpoints), report.leftovers, report.foreign) == (5, [], [])
 
 
 def test_loads_as_it_was(golden: Path) -> None:
@@ -56,6 +56,8 @@ def test_loads_as_it_was(golden: Path) -> None:
         (0, 0, {"val_loss": 3.0}),
         (2, 1, {"val_loss": 1.0}),
         (3, None, {}),
+        (4, None, {}),
+        (5, None, {}),
     ]
     assert store.resolve("best:val_loss") == store.resolve("release") == store.resolve("step:2")
     for step in (0, 2):
@@ -66,6 +68,13 @@ def test_loads_as_it_was(golden: Path) -> None:
         assert same(model.state_dict(), expected.state_dict())
         assert same(optimizer.state_dict(), reference.state_dict())
     assert store.load("step:3")["zeros"].tolist() == [0.0] * 5000
+    for step in (4, 5):
+        loaded = store.load(f"step:{step}")
+        assert same(loaded["values"], exponents())
+        assert same(loaded["model"], dict(tuned().state_dict()))
+    assert store.resolve("step:5").record.lenders == [store.resolve("step:4").id]
+    codecs = {b.codec for file in store.contents(store.resolve("step:4")).files for b in file.entry.blocks}
+    assert "float-zstd" in codecs
 
 
 def test_goes_on(golden: Path) -> None:
@@ -73,5 +82,5 @@ def test_goes_on(golden: Path) -> None:
     store = cs.open(golden)
     store.undelete("step:9")
     store.save({"x": 1}, step=1)
-    assert [c.step for c in store.checkpoints()] == [0, 2, 9, 3, 1]
+    assert [c.step for c in store.checkpoints()] == [0, 2, 9, 3, 4, 5, 1]
     assert store.verify().ok

@@ -55,6 +55,20 @@ def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def tuned() -> torch.nn.Module:
+    """Half of it is frozen."""
+    model = torch.nn.Sequential(trained(0)[0], trained(2)[0])
+    model[0].requires_grad_(False)
+    return model
+
+
+def exponents() -> dict[str, torch.Tensor]:
+    """Numbers whose exponents compress and whose mantissas don't."""
+    # Integers and one division, which every machine rounds alike.
+    parts = (torch.arange(1, 3000) * 2654435761 % 8388593).double() / 8388593
+    return {"fp32": parts.float(), "bf16": parts.bfloat16(), "fp16": parts.half(), "fp64": parts}
+
+
 def main() -> None:
     """Write the store; refuses to touch one that exists."""
     root = HERE / "v1"
@@ -71,6 +85,9 @@ def main() -> None:
         store.delete("step:9")
     with cs.open(root, compression="zstd") as store:
         store.save({"zeros": torch.zeros(5000)}, step=3, reasons=["encoded"])
+    with cs.open(root, compression="float-zstd") as store:
+        for step in (4, 5):
+            store.save({"model": tuned(), "values": exponents()}, step=step, reasons=["frozen, and borrowed at step 5"])
 
 
 if __name__ == "__main__":
