@@ -48,7 +48,8 @@ class Stage:
         self._live = set(self._pending)
         self._copies: dict[Block, Buffer] = {}
         self._dropped: set[PlannedFile] = set()
-        self._reading = 0
+        # By what changes them: a step needn't wait for frozen blocks, of which one is being read all the time.
+        self._reading = dict.fromkeys(Change, 0)
         self._over = False
         self._broken: BaseException | None = None
 
@@ -79,7 +80,7 @@ class Stage:
                     if empty is not None:
                         self._pending.popleft()
                         self._live.discard(block)
-                        self._reading += 1
+                        self._reading[block.changes_with] += 1
                         taken, empty = Taken(block, empty, staged=False), None
                         return taken
                 # Before the block: whoever is about to change the state waits for those that are being read.
@@ -104,7 +105,7 @@ class Stage:
             if self._safe < block.changes_with:
                 self._check(block.file.moved(block.number))
         finally:
-            self._stop_reading()
+            self._stop_reading(block.changes_with)
 
     @contextmanager
     def peek(self, block: Block) -> Iterator[Buffer | None]:
@@ -116,7 +117,7 @@ class Stage:
         with self._changed:
             self._check_usable()
             copy = self._copies.get(block)
-            self._reading += copy is None
+            self._reading[block.changes_with] += copy is None
         if copy is not None:
             yield copy
             return
@@ -145,11 +146,11 @@ class Stage:
         """
         with self._changed:
             self._check_usable()
-            self._reading += 1
+            self._reading[Change.NOTHING] += 1
         try:
             self._check(self._find_moved())
         finally:
-            self._stop_reading()
+            self._stop_reading(Change.NOTHING)
 
     def end(self) -> None:
         """The save has ended, well or not: nothing is taken any more, copies are given back."""
@@ -182,9 +183,9 @@ class Stage:
             self.moved = self.moved or name
             raise StateMoved(name)
 
-    def _stop_reading(self) -> None:
+    def _stop_reading(self, changes_with: Change) -> None:
         with self._changed:
-            self._reading -= 1
+            self._reading[changes_with] -= 1
             self._changed.notify_all()
 
     # -- the side of whoever is about to change the state ------------------------------------------------
@@ -208,7 +209,7 @@ class Stage:
         if rest:
             run(self._to_copy(rest), lambda work: copied.append(self._copy(*work)), threads=threads)
         with self._changed:
-            self._changed.wait_for(lambda: self._over or not self._reading)
+            self._changed.wait_for(lambda: self._over or not self._is_read(change))
             if not self._over:
                 self._check(self.moved or self._find_moved())
             # In the same breath: a check that came between would take what now happens for a tear.
@@ -229,6 +230,10 @@ class Stage:
                 block = rest.popleft()
                 self._live.discard(block)
             yield block, buffer
+
+    def _is_read(self, change: Change) -> bool:
+        """Whether something that would change is being read."""
+        return any(count for kind, count in self._reading.items() if kind <= change)
 
     def _drop_taken(self, rest: deque[Block]) -> bool:
         """Whether one of ``rest`` still lies in live memory only, and then its first one does."""
