@@ -20,7 +20,7 @@ def measure(
     rounds: int,
     *,
     size: Size = GPT2,
-    steps: int = 5,
+    steps: int = 8,
     names: tuple[str, ...] = SAVERS,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
