@@ -89,7 +89,7 @@ def mutate_specs(specs: list[TensorSpec], rng: random.Random) -> list[TensorSpec
     index = rng.randrange(len(specs))
     spec = specs[index]
     kind = rng.choice(["F32", "I32", "U32", "O", "", "complex128"])
-    changed = dataclasses.replace(spec, dtype=kind, logical=rng.choice([None, "numpy:<U1", "bits8", "nonsense"]))
+    changed = spec._replace(dtype=kind, logical=rng.choice([None, "numpy:<U1", "bits8", "nonsense"]))
     return [*specs[:index], changed, *specs[index + 1 :]]
 
 
