@@ -36,13 +36,13 @@ def shares(values: Sequence[float]) -> str:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median over the rounds of ours / theirs.
+    """The median over the rounds of ours / theirs; NaN where theirs is not always over 0, and so lost in the noise.
 
     Within a round, so that a machine whose speed drifts slows both sides of each ratio.
     """
-    return statistics.median(
-        own / other if other > 0 else float("inf") for own, other in zip(ours, theirs, strict=True)
-    )
+    if min(theirs) <= 0:
+        return math.nan
+    return statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
 
 
 def row(
@@ -61,6 +61,8 @@ def row(
 
 
 def _times_as_much(value: float) -> str:
+    if math.isnan(value):
+        return "can't be told"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
