@@ -16,7 +16,7 @@ from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.plan import Change
 from ckptstore.engine.saver import Job, Tools
 from ckptstore.engine.stage import Stage, StateMoved
-from ckptstore.engine.workers import cores, give_way
+from ckptstore.engine.workers import cores
 from ckptstore.errors import CheckpointError, SaveFailedError, StorageError
 
 _log = logging.getLogger("ckptstore")
@@ -155,6 +155,10 @@ class SaveHandle:
 
     def finish_reading(self, change: Change) -> None:
         """Return when ``change`` may happen: what it changes was read by then, or copied."""
+        reading = self._stage
+        if reading is not None and reading.safe >= change:
+            # Without a lock, which a thread that gives way to all others might hold.
+            return
         began = time.perf_counter()
         try:
             with self._turn():
@@ -168,18 +172,15 @@ class SaveHandle:
         try:
             self.copied_bytes += stage.copy_rest(change, cores())
         except StateMoved:
-            # Nothing changes it now, as this is the thread that would.
-            self.copied_bytes += self._begin_again(stage).copy_rest(Change.ALL, cores())
+            # Nothing changes it now, as this is the thread that would. What fails here fails the save, not training.
+            with contextlib.suppress(SaveFailedError):
+                self.copied_bytes += self._begin_again(stage).copy_rest(Change.ALL, cores())
 
     # -- the save's own thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            stage = self._first_stage()
-            if threading.current_thread() is self._thread:
-                # Not before: the caller may be waiting for the plan.
-                give_way()
-            self._checkpoint = self._attempts(stage)
+            self._checkpoint = self._attempts(self._first_stage())
         except BaseException as error:
             self._error = error if isinstance(error, CheckpointError) else _failed(self.step, error)
             _untold.add(self)
@@ -199,8 +200,7 @@ class SaveHandle:
                 self._changed.notify_all()
 
     def _first_stage(self) -> Stage:
-        safe = Change.NOTHING if self.mode == "overlapped" else Change.ALL
-        stage = self._tools.stage(self._tools.plan(self._job.state), safe=safe)
+        stage = self._tools.stage(self._tools.plan(self._job.state), safe=Change.NOTHING)
         with self._changed:
             self._stage, self.raw_bytes = stage, stage.plan.raw_bytes
             self._changed.notify_all()
@@ -230,7 +230,18 @@ class SaveHandle:
             return self._stage
 
     def _begin_again(self, torn: Stage) -> Stage:
-        """Have the save begin anew with the state as it is now."""
+        """Have the save begin anew with the state as it is now.
+
+        Raises:
+            SaveFailedError: there was a step meanwhile, so that the state now is another step's.
+        """
+        if torn.safe >= Change.TRAINED:
+            raise SaveFailedError(
+                f"step {self.step} was not saved: the frozen {torn.moved!r} was written to after the next step, while "
+                "it was read in place. Call wait_staged() of the handle before you write to it, or save with "
+                "mode='async'",
+                step=self.step,
+            )
         self._warning = (
             f"step {self.step}: {torn.moved!r} was written to, by something else than an optimizer's step, while it "
             "was read in place. The save was begun again, and holds the state after that writing. Call wait_staged() "

@@ -16,7 +16,7 @@ from ckptstore.engine.finder import Finder
 from ckptstore.engine.plan import Change
 from ckptstore.engine.saver import Captured, Job, Saver, Tools
 from ckptstore.engine.stage import Stage
-from ckptstore.engine.workers import Crew, Progress
+from ckptstore.engine.workers import Progress
 from ckptstore.errors import SaveFailedError, StorageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Dispatcher:
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
         """
-        job = Job(state, facts, Crew(self._tools.threads), progress)
+        job = Job(state, facts, progress)
         return self._save(job, self._tools.stage(self._tools.plan(state)))
 
     def save_behind(
@@ -69,7 +69,7 @@ class Dispatcher:
         first = Change.FICKLE if any(source.fickle for source in state.sources) else Change.NOTHING
         if window is None:
             mode, first = "async", Change.ALL
-        job = Job(state, facts, Crew(self._tools.threads, background=True), progress)
+        job = Job(state, facts, progress)
         handle = SaveHandle(self._tools, job, self._save, mode=mode, began=began, warned=self.background.warned)
         self.background.start(handle, window, first)
         handle.call_s, handle.fence_s = time.perf_counter() - began, 0.0

@@ -15,7 +15,7 @@ from ckptstore.engine.compressor import Compressor
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
 from ckptstore.engine.stage import Stage, StateMoved
-from ckptstore.engine.workers import Crew, Meter, Progress
+from ckptstore.engine.workers import Meter, Progress
 from ckptstore.engine.writer import equals, write_files
 from ckptstore.errors import CheckpointError, ExistsError, SaveFailedError, StaleWriterError, StateError, StorageError
 from ckptstore.format import layout
@@ -85,7 +85,6 @@ class Job:
 
     state: Captured
     facts: Facts
-    crew: Crew
     progress: Progress | None = None
 
 
@@ -145,7 +144,7 @@ class Saver:
             files,
             digest=self.store.digest,
             compressor=self.tools.compressor,
-            crew=job.crew,
+            threads=self.tools.threads,
             meter=meter,
         )
 
@@ -159,7 +158,7 @@ class Saver:
             entry = lender.candidate(file, job.facts.step)
             if entry is None or not is_safe(self.tools.storage, lender, [entry]):
                 continue
-            if equals(stage, file, entry, digest=self.store.digest, crew=job.crew):
+            if equals(stage, file, entry, digest=self.store.digest, threads=self.tools.threads):
                 stage.drop(file)
                 found[file] = entry
                 meter.add(file.stream.raw_bytes)

@@ -37,11 +37,13 @@ class Stage:
     """
 
     def __init__(self, plan: Plan, pool: BufferPool, area: StagingArea, *, safe: Change) -> None:
-        """``safe``: what can't change while this save runs, so that it needs no watching."""
+        """``safe``: all that may change from the beginning: ``ALL`` where nothing can change while this save runs."""
         self.plan = plan
         self.moved: str | None = None
         """The tensor whose writing made what was read worthless."""
-        self._pool, self._area, self._safe = pool, area, safe
+        self._pool, self._area = pool, area
+        self.safe = safe
+        """What may change already."""
         # One condition for both, as whoever waits for a buffer also waits for there being nothing left to copy.
         self._changed = area.changed
         self._pending = deque(plan.blocks())
@@ -102,7 +104,7 @@ class Stage:
         """
         try:
             yield
-            if self._safe < block.changes_with:
+            if self.safe < block.changes_with:
                 self._check(block.file.moved(block.number))
         finally:
             self._stop_reading(block.changes_with)
@@ -174,9 +176,9 @@ class Stage:
             raise StateMoved(self.moved)
 
     def _find_moved(self) -> str | None:
-        if self._safe >= Change.ALL:
+        if self.safe >= Change.ALL:
             return None
-        return self.plan.moved(frozen_only=self._safe >= Change.TRAINED)
+        return self.plan.moved(frozen_only=self.safe >= Change.TRAINED)
 
     def _check(self, name: str | None) -> None:
         if name is not None:
@@ -213,7 +215,7 @@ class Stage:
             if not self._over:
                 self._check(self.moved or self._find_moved())
             # In the same breath: a check that came between would take what now happens for a tear.
-            self._safe = max(self._safe, change)
+            self.safe = max(self.safe, change)
         return sum(copied)
 
     def _to_copy(self, rest: deque[Block]) -> Iterator[tuple[Block, Buffer]]:

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +16,7 @@ Progress = Callable[[int, int], None]
 
 
 _LOWEST_PRIORITY = 19
+_NAME = "ckptstore-"
 
 
 def cores() -> int:
@@ -30,24 +30,7 @@ def default_threads() -> int:
     return max(2, min(8, cores() + 1))
 
 
-@dataclass(frozen=True)
-class Crew:
-    """How many threads work at a time, and how eagerly.
-
-    Attributes:
-        threads: at least 1.
-        background: let everybody else have the processor first.
-    """
-
-    threads: int
-    background: bool = False
-
-    def run(self, tasks: Iterable[T], work: Callable[[T], None]) -> None:
-        """As ``run``, in these threads."""
-        run(tasks, work, threads=self.threads, background=self.background)
-
-
-def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int, background: bool = False) -> None:
+def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
     """``work`` on every task; tasks are taken in order. With one thread, in the caller's own.
 
     Raises:
@@ -57,8 +40,8 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int, backgrou
         for task in tasks:
             work(task)
         return
-    shift = _Shift(tasks, work, background)
-    members = [threading.Thread(target=shift.member, name=f"ckptstore-{n}") for n in range(threads)]
+    shift = _Shift(tasks, work)
+    members = [threading.Thread(target=shift.member, name=f"{_NAME}{n}") for n in range(threads)]
     try:
         # Where the system has no room for more threads, those that run do all the work, or this one does.
         with suppress(RuntimeError):
@@ -80,29 +63,25 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int, backgrou
 
 
 def give_way() -> None:
-    """Let all other threads of the machine have the processor before the calling one, for good.
+    """Let all other threads of the machine have the processor before the calling one, for good, if it is one of ours.
 
-    Hashing and copying behind a training step would otherwise take its cores. Linux only: elsewhere the priority
-    belongs to the process, which must not change.
+    Linux only: elsewhere the priority belongs to the process, which must not change.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and threading.current_thread().name.startswith(_NAME):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 class _Shift(Generic[T]):
-    def __init__(self, tasks: Iterable[T], work: Callable[[T], None], background: bool) -> None:
+    def __init__(self, tasks: Iterable[T], work: Callable[[T], None]) -> None:
         self.stop = False
         self.error: BaseException | None = None
         self._tasks: Iterator[T] = iter(tasks)
         self._work = work
-        self._background = background
         self._lock = threading.Lock()
 
     def member(self) -> None:
         try:
-            if self._background:
-                give_way()
             while not self.stop:
                 with self._lock:
                     task = next(self._tasks)

@@ -9,7 +9,7 @@ from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.compressor import Compressor
 from ckptstore.engine.plan import Block, PlannedFile
 from ckptstore.engine.stage import Stage, Taken
-from ckptstore.engine.workers import Crew, Meter, Turnstile
+from ckptstore.engine.workers import Meter, Turnstile, give_way, run
 from ckptstore.format import layout
 from ckptstore.format.digest import block_digest, new_hasher
 from ckptstore.format.layout import CheckpointId
@@ -25,7 +25,7 @@ def write_files(
     *,
     digest: str,
     compressor: Compressor,
-    crew: Crew,
+    threads: int,
     meter: Meter,
 ) -> list[FileEntry]:
     """Write every block that ``stage`` still has, all of ``files``; durable on return.
@@ -47,7 +47,7 @@ def write_files(
             stage.give_back(taken)
 
     try:
-        crew.run(stage.blocks(), work)
+        run(stage.blocks(), work, threads=threads)
     except BaseException:
         for writing in writings.values():
             writing.abort()
@@ -56,7 +56,7 @@ def write_files(
         return [writing.entry() for writing in writings.values()]
 
 
-def equals(stage: Stage, file: PlannedFile, entry: FileEntry, *, digest: str, crew: Crew) -> bool:
+def equals(stage: Stage, file: PlannedFile, entry: FileEntry, *, digest: str, threads: int) -> bool:
     """Whether ``file`` has the very bytes that ``entry`` describes; ends at the first block that differs.
 
     Raises:
@@ -77,7 +77,7 @@ def equals(stage: Stage, file: PlannedFile, entry: FileEntry, *, digest: str, cr
             raise _DifferentError
 
     try:
-        crew.run(file.blocks, work)
+        run(file.blocks, work, threads=threads)
     except _DifferentError:
         return False
     # The header is in the first block; it doesn't tell what a tensor is that safetensors has no name for.
@@ -147,6 +147,8 @@ class _Writing:
         """Fill ``raw`` where it isn't yet, and return its digest."""
         hasher = new_hasher(self._digest)
         if taken.staged:
+            # It has time, and training needs the cores. What lies in live memory must be read before the next step.
+            give_way()
             hasher.update(raw)
         else:
             with stage.reading(taken.block):

@@ -354,3 +354,29 @@ def test_the_fence_costs_nothing_while_nothing_is_read() -> None:
     prepare(model)
     optimizer.step()
     assert not staging._open
+
+
+def test_a_frozen_tensor_written_to_after_the_next_step_fails_the_save(
+    store: cs.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't be begun again with the state of another step; training goes on, and so does the store."""
+    base, head = nn.Linear(64, 64), nn.Linear(64, 64)
+    base.requires_grad_(False)
+    optimizer = torch.optim.AdamW(head.parameters())
+    prepare(head)
+    state = {"head": head, "optimizer": optimizer, "base": base}
+    fill, go = PlannedFile.fill, threading.Event()
+
+    def gated(file: PlannedFile, *arguments: Any) -> None:
+        assert not file.frozen or go.wait(60)
+        fill(file, *arguments)
+
+    monkeypatch.setattr(PlannedFile, "fill", gated)
+    handle = store.save(state, step=1, mode="overlapped")
+    optimizer.step()
+    with torch.no_grad():
+        base.weight.add_(1)
+    go.set()
+    with pytest.raises(cs.SaveFailedError, match="frozen"):
+        handle.result()
+    assert store.save(state, step=2).step == 2
