@@ -67,9 +67,10 @@ class SaveHandle:
         self._stage: Stage | None = None
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
-        self._told = False
+        self._told = self._begun = False
         self._on_end: list[Callable[[], None]] = []
-        self._thread = threading.Thread(target=self._run, name="ckptstore-save")
+        # Never a daemon, which Python drops at its end, also where the caller is one.
+        self._thread = threading.Thread(target=self._run, name="ckptstore-save", daemon=False)
 
     def __repr__(self) -> str:
         how = "running" if not self._ended else "failed" if self._error else "done"
@@ -128,14 +129,16 @@ class SaveHandle:
 
     # -- what the store asks -----------------------------------------------------------------------------
 
-    def start(self, on_end: Callable[[], None]) -> None:
-        """Begin. ``on_end`` is called in the save's thread when it has ended."""
+    def start(self, on_end: Callable[[], None], *, here: bool) -> None:
+        """Begin; ``here``: in the caller's thread. ``on_end`` is called in the save's thread when it has ended."""
         self._on_end.append(on_end)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            # No room for a thread, or the interpreter is ending: then the caller waits.
+        # No room for a thread, or the interpreter is ending: then the caller waits.
+        if here or _at_exit() or not self._start_thread():
             self._run()
+
+    def running(self) -> bool:
+        """Whether it was begun and has not ended."""
+        return self._begun and not self.done()
 
     def join(self) -> None:
         """Wait for the end, whatever it is."""
@@ -178,7 +181,16 @@ class SaveHandle:
 
     # -- the save's own thread ---------------------------------------------------------------------------
 
+    def _start_thread(self) -> bool:
+        try:
+            self._thread.start()
+        except RuntimeError:
+            return False
+        self._begun = True
+        return True
+
     def _run(self) -> None:
+        self._begun = True
         try:
             self._checkpoint = self._attempts(self._first_stage())
         except BaseException as error:
@@ -290,36 +302,49 @@ class Window(Protocol):
 
 
 class Background:
-    """The saves of one store in the background, one at a time."""
+    """The saves of one store in the background: several where threads or a signal handler begin them at once."""
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
-        self._handle: SaveHandle | None = None
+        self._handles: list[SaveHandle] = []
 
     def busy(self) -> bool:
         """Whether one is running."""
-        return self._handle is not None and not self._handle.done()
+        return any(handle.running() for handle in list(self._handles))
 
     def settle(self) -> None:
-        """Wait for the end of the one that is running.
+        """Wait for the end of all that are running.
 
         Raises:
-            SaveFailedError, CommitUnknownError, StaleWriterError: it failed, and nobody has been told.
+            SaveFailedError, CommitUnknownError, StaleWriterError: one failed, and nobody has been told.
         """
-        if self._handle is not None:
-            self._handle.join()
-            error = self._handle.tell()
-            if error is not None:
-                raise error
+        while self.busy():
+            for handle in list(self._handles):
+                if handle.running():
+                    handle.join()
+        for handle in list(self._handles):
+            if handle.done():
+                error = handle.tell()
+                # Another thread may be doing the same.
+                with contextlib.suppress(ValueError):
+                    self._handles.remove(handle)
+                if error is not None:
+                    raise error
 
-    def start(self, handle: SaveHandle, window: Window | None, first: Change) -> None:
-        """Start a save; return as soon as ``first`` may change."""
+    def start(self, handle: SaveHandle, window: Window | None, first: Change, *, here: bool) -> None:
+        """Start a save, ``here`` in the caller's thread; return as soon as ``first`` may change."""
+        self._handles.append(handle)
         if window is not None:
             window.open(lambda frozen: handle.finish_reading(Change.ALL if frozen else Change.TRAINED))
-        handle.start(on_end=window.shut if window is not None else lambda: None)
-        self._handle = handle
+        handle.start(on_end=window.shut if window is not None else lambda: None, here=here)
         if first is not Change.NOTHING:
             handle.finish_reading(first)
+
+
+def _at_exit() -> bool:
+    """Whether a function runs that was registered with ``atexit``: no thread begun now would be waited for."""
+    main = threading.main_thread()
+    return threading.current_thread() is main and not main.is_alive()
 
 
 def _failed(step: int, error: BaseException) -> SaveFailedError:

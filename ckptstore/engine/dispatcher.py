@@ -71,7 +71,9 @@ class Dispatcher:
             mode, first = "async", Change.ALL
         job = Job(state, facts, progress)
         handle = SaveHandle(self._tools, job, self._save, mode=mode, began=began, warned=self.background.warned)
-        self.background.start(handle, window, first)
+        # A signal handler in the midst of its own thread's save: another thread would wait for that one's end.
+        here = self.lock._is_owned()  # type: ignore[attr-defined]
+        self.background.start(handle, window, first, here=here)
         handle.call_s, handle.fence_s = time.perf_counter() - began, 0.0
         return handle
 
