@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 from ckptstore.engine.catalogue import Checkpoint
-from ckptstore.engine.plan import Change
+from ckptstore.engine.plan import Change, Plan
 from ckptstore.engine.saver import Job, Tools
 from ckptstore.engine.stage import Stage, StateMoved
 from ckptstore.engine.workers import cores
@@ -68,6 +68,7 @@ class SaveHandle:
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
         self._told = self._begun = False
+        self._given_up: BaseException | None = None
         self._on_end: list[Callable[[], None]] = []
         # Never a daemon, which Python drops at its end, also where the caller is one.
         self._thread = threading.Thread(target=self._run, name="ckptstore-save", daemon=False)
@@ -140,6 +141,13 @@ class SaveHandle:
         """Whether it was begun and has not ended."""
         return self._begun and not self.done()
 
+    def give_up(self, error: BaseException) -> None:
+        """Fail with ``error``, unless it has ended: the state may change, and is not copied."""
+        with self._changed:
+            self._given_up = error
+            if self._stage is not None:
+                self._stage.break_off(error)
+
     def join(self) -> None:
         """Wait for the end, whatever it is."""
         with self._changed:
@@ -175,8 +183,9 @@ class SaveHandle:
         try:
             self.copied_bytes += stage.copy_rest(change, cores())
         except StateMoved:
-            # Nothing changes it now, as this is the thread that would. What fails here fails the save, not training.
-            with contextlib.suppress(SaveFailedError):
+            # Its thread waits; where another one writes, the pipeline will see it. What fails here fails the save, not
+            # training.
+            with contextlib.suppress(SaveFailedError, StateMoved):
                 self.copied_bytes += self._begin_again(stage).copy_rest(Change.ALL, cores())
 
     # -- the save's own thread ---------------------------------------------------------------------------
@@ -212,9 +221,15 @@ class SaveHandle:
                 self._changed.notify_all()
 
     def _first_stage(self) -> Stage:
-        stage = self._tools.stage(self._tools.plan(self._job.state), safe=Change.NOTHING)
+        plan = self._tools.plan(self._job.state)
+        self.raw_bytes = plan.raw_bytes
+        return self._next_stage(plan)
+
+    def _next_stage(self, plan: Plan) -> Stage:
         with self._changed:
-            self._stage, self.raw_bytes = stage, stage.plan.raw_bytes
+            stage = self._stage = self._tools.stage(plan, safe=Change.NOTHING)
+            if self._given_up is not None:
+                stage.break_off(self._given_up)
             self._changed.notify_all()
         return stage
 
@@ -261,10 +276,7 @@ class SaveHandle:
         )
         torn.end()
         torn.plan.rebase()
-        with self._changed:
-            stage = self._stage = self._tools.stage(torn.plan, safe=Change.NOTHING)
-            self._changed.notify_all()
-        return stage
+        return self._next_stage(torn.plan)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -334,11 +346,16 @@ class Background:
     def start(self, handle: SaveHandle, window: Window | None, first: Change, *, here: bool) -> None:
         """Start a save, ``here`` in the caller's thread; return as soon as ``first`` may change."""
         self._handles.append(handle)
-        if window is not None:
-            window.open(lambda frozen: handle.finish_reading(Change.ALL if frozen else Change.TRAINED))
-        handle.start(on_end=window.shut if window is not None else lambda: None, here=here)
-        if first is not Change.NOTHING:
-            handle.finish_reading(first)
+        try:
+            if window is not None:
+                window.open(lambda frozen: handle.finish_reading(Change.ALL if frozen else Change.TRAINED))
+            handle.start(on_end=window.shut if window is not None else lambda: None, here=here)
+            if first is not Change.NOTHING:
+                handle.finish_reading(first)
+        except BaseException as error:
+            # Interrupted: its caller may go on and change what is not copied.
+            handle.give_up(error)
+            raise
 
 
 def _at_exit() -> bool:

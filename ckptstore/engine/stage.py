@@ -165,6 +165,12 @@ class Stage:
             self._copies.clear()
             self._changed.notify_all()
 
+    def break_off(self, error: BaseException) -> None:
+        """Have the pipeline fail with ``error``."""
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+
     @property
     def _unusable(self) -> bool:
         return self._over or self.moved is not None or self._broken is not None
@@ -248,8 +254,11 @@ class Stage:
             with memoryview(buffer) as view, view[: block.length] as raw:
                 block.file.fill(block.number, raw)
         except BaseException as error:
+            # The pipeline meets it, and fails with it: whoever is about to change the state is not stopped by it.
             self._broken = error
-            raise
+            if not isinstance(error, Exception):
+                raise
+            return 0
         finally:
             with self._changed:
                 if self._unusable or block.file in self._dropped:
