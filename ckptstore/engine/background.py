@@ -61,7 +61,9 @@ class SaveHandle:
         self._tools, self._job, self._save = tools, job, save
         self._began, self._ended = began, 0.0
         self._pid = os.getpid()
-        # Its lock is reentrant: a signal handler may use the handle while its own thread does.
+        # Held until the end. No condition: a signal handler that waits, too, would take the notice from its own thread.
+        self._running = threading.Lock()
+        self._running.acquire()
         self._changed = threading.Condition()
         self._holder: int | None = None
         self._stage: Stage | None = None
@@ -104,8 +106,7 @@ class SaveHandle:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``Store.save``.
         """
         self._check_process()
-        with self._changed:
-            self._changed.wait_for(self.done, timeout)
+        self.join(timeout)
         self.tell()
         if self._error is not None and self._ended:
             raise self._error
@@ -148,10 +149,10 @@ class SaveHandle:
             if self._stage is not None:
                 self._stage.break_off(error)
 
-    def join(self) -> None:
-        """Wait for the end, whatever it is."""
-        with self._changed:
-            self._changed.wait_for(self.done)
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end, whatever it is, at most ``timeout`` seconds."""
+        if self._running.acquire(timeout=-1 if timeout is None else max(0, timeout)):
+            self._running.release()
 
     def tell(self) -> BaseException | None:
         """The error, if the save has failed and nobody has been told. A tear is warned of, once for each store."""
@@ -167,17 +168,21 @@ class SaveHandle:
     def finish_reading(self, change: Change) -> None:
         """Return when ``change`` may happen: what it changes was read by then, or copied."""
         reading = self._stage
-        if reading is not None and reading.safe >= change:
+        if self.done() or (reading is not None and reading.safe >= change):
             # Without a lock, which a thread that gives way to all others might hold.
             return
         began = time.perf_counter()
         try:
-            with self._turn():
-                stage = self._planned_stage()
-                if stage is not None:
-                    self._copy_rest(stage, change)
+            # A signal handler that interrupts the caller may wait for this save: it finds no lock held below it.
+            _apart(lambda: self._finish_reading(change))
         finally:
             self.fence_s += time.perf_counter() - began
+
+    def _finish_reading(self, change: Change) -> None:
+        with self._turn():
+            stage = self._planned_stage()
+            if stage is not None:
+                self._copy_rest(stage, change)
 
     def _copy_rest(self, stage: Stage, change: Change) -> None:
         try:
@@ -217,6 +222,7 @@ class SaveHandle:
                 act()
             del self._job, self._save
             self._ended = time.perf_counter()
+            self._running.release()
             with self._changed:
                 self._changed.notify_all()
 
@@ -362,6 +368,31 @@ def _at_exit() -> bool:
     """Whether a function runs that was registered with ``atexit``: no thread begun now would be waited for."""
     main = threading.main_thread()
     return threading.current_thread() is main and not main.is_alive()
+
+
+def _apart(work: Callable[[], None]) -> None:
+    """``work`` in a thread of its own, waited for; in the caller's where there is no room for one.
+
+    A daemon: waiting for any other thread holds a lock of Python for a moment, and without that a signal handler can
+    begin no thread.
+    """
+    errors: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, name="ckptstore-fence", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        act()
+    else:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _failed(step: int, error: BaseException) -> SaveFailedError:
