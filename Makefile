@@ -22,10 +22,10 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py runs/demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest -n auto --dist worksteal --full
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -81,8 +81,15 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("mode", ["async", "overlapped"])
-@pytest.mark.parametrize("end", ENDS)
+SAMPLED = {"end of the script", "a step", "SIGKILL"}
+"""The ends that are tried in both modes in every run; the others in both only in the complete one."""
+
+
+@pytest.mark.parametrize(
+    ("end", "mode"),
+    [pytest.param(end, "async", marks=() if end in SAMPLED else pytest.mark.full) for end in ENDS]
+    + [(end, "overlapped") for end in ENDS],
+)
 def test_ending_with_a_save_in_flight(end: str, mode: str, store_path: Path) -> None:
     """A process that ends by itself completes the save; a killed one leaves what prune collects."""
     code, expected, complete = ENDS[end]
