@@ -21,6 +21,7 @@ import ckptstore as cs
 from ckptstore.engine import buffers, saver
 from ckptstore.engine.background import Background
 from ckptstore.engine.claim import Claim
+from ckptstore.engine.dispatcher import Dispatcher
 from ckptstore.engine.plan import PlannedFile
 from ckptstore.engine.saver import Saver, Tools
 from ckptstore.engine.stage import Stage
@@ -339,6 +340,33 @@ def test_threads_that_save_at_once_all_get_their_checkpoint(store: cs.Store) -> 
         assert len(again.checkpoints()) == len(runs)
         assert all(holds(again, f"step:{number}", wanted) for number, wanted in enumerate(expected))
         assert again.verify().ok
+
+
+def test_close_waits_for_the_saves_of_all_threads(store: cs.Store) -> None:
+    """Also for one that was begun first and runs last, when another thread began one beside it."""
+    together, settle = threading.Barrier(2), Background.settle
+
+    def settled(self: Background) -> None:
+        settle(self)
+        if threading.current_thread() is not threading.main_thread():
+            together.wait(HANG_S)
+            if threading.current_thread().name == "second":
+                gate.wait()
+
+    def work(step: int) -> None:
+        threading.current_thread().name = "first" if step == 1 else "second"
+        store.save({"w": torch.ones(step)}, step=step, mode="async")
+
+    first = Gate(Dispatcher, "_save", only=lambda _, job, *__: job.facts.step == 1)
+    with pytest.MonkeyPatch.context() as patch, first as gate:
+        patch.setattr(Background, "settle", settled)
+        for thread in [in_thread(lambda n=n: work(n)) for n in (1, 2)]:
+            thread.join(HANG_S)
+        gate.wait()
+        threading.Timer(0.3, gate.open).start()
+        store.close()
+    with cs.open(store.url) as again:
+        assert sorted(checkpoint.step for checkpoint in again.checkpoints()) == [1, 2]
 
 
 def test_a_daemon_thread_may_save(store: cs.Store) -> None:
