@@ -7,12 +7,14 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
+from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.commit import read_fate
 from ckptstore.engine.plan import PlannedFile
-from ckptstore.engine.reader import read_contents
+from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError, SaveFailedError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
@@ -37,10 +39,16 @@ class Lender:
         return cls(record, digest, {file.name: file for file in files})
 
     @classmethod
-    def read(cls, storage: Storage, record: CommitRecord) -> Lender | None:
-        """A checkpoint of an earlier process as a lender; None where it is damaged."""
+    def read(
+        cls, storage: Storage, record: CommitRecord, wanted: Container[str], *, pool: BufferPool, threads: int
+    ) -> Lender | None:
+        """A checkpoint of an earlier process as a lender of the ``wanted`` files; None where it is damaged.
+
+        Every byte of them is read: this process may have been started because of damage, and must not hand it on.
+        """
         try:
             contents = read_contents(storage, record)
+            files = contents.files
         except (IntegrityError, FormatError):
             return None
         # Several ranks may have files of one name.
@@ -48,12 +56,24 @@ class Lender:
             return None
         # Its process may have died before its own look: only an owner whose record is there even now, after its commit,
         # can't be in the hands of somebody who doesn't know that it borrows.
-        files = [f for f in contents.parts[0].files if f.owner == record.id or _is_committed(storage, f.owner)]
-        return cls.of(record, contents.digest, files)
+        found = [file for file in files if file.entry.name in wanted]
+        kept = [f for f in found if f.entry.owner == record.id or _is_committed(storage, f.entry.owner)]
+        good = [file.entry for file in kept if _is_whole(storage, contents, file, pool, threads)]
+        return cls.of(record, contents.digest, good)
 
     def candidate(self, file: PlannedFile, step: int) -> FileEntry | None:
         """The file here that may well hold the same bytes: of what is frozen, or of the very same step."""
         return self.files.get(file.name) if file.frozen or step == self.record.step else None
+
+
+def _is_whole(storage: Storage, contents: Contents, file: DataFile, pool: BufferPool, threads: int) -> bool:
+    try:
+        with closing(open_file(storage, file, contents.commit.id)) as reader:
+            tasks = (BlockTask(file, reader, number, []) for number in range(len(file.entry.blocks)))
+            check_blocks(contents, tasks, lambda task, raw: None, pool=pool, threads=threads)
+    except (IntegrityError, FormatError):
+        return False
+    return True
 
 
 def owners(id: CheckpointId, files: Sequence[FileEntry]) -> list[str]:

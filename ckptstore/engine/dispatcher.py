@@ -97,6 +97,11 @@ class Dispatcher:
     def _earlier_lender(self, stage: Stage, step: int) -> Lender | None:
         """The newest checkpoint of an earlier process, if its files may be of use."""
         checkpoints = self._finder.scan().checkpoints
-        if checkpoints and (checkpoints[-1].step == step or any(file.frozen for file in stage.plan.files)):
-            return Lender.read(self._tools.storage, checkpoints[-1].record)
-        return None
+        latest = checkpoints[-1] if checkpoints else None
+        if latest is None:
+            return None
+        wanted = {file.name for file in stage.plan.files if file.frozen or latest.step == step}
+        if not wanted:
+            return None
+        tools = self._tools
+        return Lender.read(tools.storage, latest.record, wanted, pool=tools.pool, threads=tools.threads)

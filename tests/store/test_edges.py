@@ -271,3 +271,24 @@ def test_a_record_that_grows_over_its_limit_leaves_nothing(store: cs.Store) -> N
             failed.append(error.code)
     assert not store.verify().leftovers
     assert {"save_failed", "format"} <= set(failed)
+
+
+def test_damage_is_not_handed_on_by_borrowing(store_path: Path) -> None:
+    """A run that resumed past a damaged checkpoint saves its step again, and writes what it could have borrowed."""
+    frozen = torch.nn.Linear(300, 300).requires_grad_(False)
+    state = {"frozen": frozen, "values": torch.arange(10_000)}
+    with cs.open(store_path) as store:
+        first = store.save(state, step=1)
+    damaged = sorted((store_path / "checkpoints" / first.id).glob("*.safetensors"))
+    assert len(damaged) == 2
+    for file in damaged:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with cs.open(store_path) as store:
+        again = store.save(state, step=1)
+        assert (again.borrowed_bytes, list(again.record.lenders)) == (0, [])
+        assert store.verify(again.id).ok
+    with cs.open(store_path) as store:
+        # What is whole is borrowed, by a new process, too.
+        assert store.save(state, step=1).borrowed_bytes == again.stored_bytes
