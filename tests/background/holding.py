@@ -95,11 +95,16 @@ class Fault:
 
 
 class Counted:
-    """Buffers of the staging area: the most that were in use at a time, and all that ever were."""
+    """Buffers of the staging area: the most that were in use at a time, and all that ever were.
+
+    Attributes:
+        when_full: called when somebody finds none left.
+    """
 
     def __init__(self) -> None:
         self.most = self.taken = 0
         self.seen: set[int] = set()
+        self.when_full: Callable[[], None] = lambda: None
         self._take, self._give = StagingArea.try_take, StagingArea.give_back
 
     @contextmanager
@@ -109,7 +114,9 @@ class Counted:
         def take(area: StagingArea) -> buffers.Buffer | None:
             with area.changed:
                 buffer = self._take(area)
-                if buffer is not None:
+                if buffer is None:
+                    self.when_full()
+                else:
                     in_use.add(id(buffer))
                     self.seen.add(id(buffer))
                     self.taken, self.most = self.taken + 1, max(self.most, len(in_use))
