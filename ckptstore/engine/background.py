@@ -71,7 +71,7 @@ class SaveHandle:
         self._error: BaseException | None = None
         self._told = self._begun = False
         self._given_up: BaseException | None = None
-        self._on_end: list[Callable[[], None]] = []
+        self._on_end: Callable[[], None] = lambda: None
         # Never a daemon, which Python drops at its end, also where the caller is one.
         self._thread = threading.Thread(target=self._run, name="ckptstore-save", daemon=False)
 
@@ -133,7 +133,7 @@ class SaveHandle:
 
     def start(self, on_end: Callable[[], None], *, here: bool) -> None:
         """Begin; ``here``: in the caller's thread. ``on_end`` is called in the save's thread when it has ended."""
-        self._on_end.append(on_end)
+        self._on_end = on_end
         # No room for a thread, or the interpreter is ending: then the caller waits.
         if here or _at_exit() or not self._start_thread():
             self._run()
@@ -218,8 +218,7 @@ class SaveHandle:
             if self.mode == "overlapped":
                 # Async needs its copies again at every save; here they were needed because a step came early.
                 self._tools.area.trim()
-            for act in self._on_end:
-                act()
+            self._on_end()
             del self._job, self._save
             self._ended = time.perf_counter()
             self._running.release()

@@ -88,7 +88,7 @@ def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) 
         SaveFailedError: somebody who took this save for dead may have begun to collect it.
     """
     for file in files:
-        key = layout.file_key(parse_id(file.owner), file.name)
+        key = file.key
         try:
             size = storage.size(key)
         except NotFoundError as error:
@@ -123,6 +123,6 @@ def _is_committed(storage: Storage, id: str) -> bool:
 
 def _lies_there(storage: Storage, file: FileEntry) -> bool:
     try:
-        return storage.size(layout.file_key(parse_id(file.owner), file.name)) == file.stored_bytes
+        return storage.size(file.key) == file.stored_bytes
     except (NotFoundError, IntegrityError):
         return False

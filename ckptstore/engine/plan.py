@@ -62,7 +62,8 @@ class PlannedFile:
         self.stream = TensorFile.of(rows)
         self.block_lengths = self.stream.block_lengths
         self._fickle = any(source.fickle for source in self.sources)
-        self._bytes_left = self._sizes()
+        self._sizes = [end - begin for begin, end in pairwise(self.stream.begins)]
+        self._bytes_left = list(self._sizes)
         self._lock = threading.Lock()
 
     @property
@@ -118,12 +119,9 @@ class PlannedFile:
                 if not self._bytes_left[index]:
                     done.append(index)
                     # It may be read a second time: hashed first, then written.
-                    self._bytes_left[index] = self.stream.begins[index + 1] - self.stream.begins[index]
+                    self._bytes_left[index] = self._sizes[index]
         for index in done:
             self.sources[index].release()
-
-    def _sizes(self) -> list[int]:
-        return [end - begin for begin, end in pairwise(self.stream.begins)]
 
 
 class Change(IntEnum):

@@ -48,7 +48,7 @@ class DataFile:
 
     @property
     def key(self) -> str:
-        return layout.file_key(parse_id(self.entry.owner), self.entry.name)
+        return self.entry.key
 
     def name(self, index: int) -> str:
         """Full name in the state of tensor number ``index``."""

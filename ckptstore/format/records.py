@@ -17,7 +17,7 @@ from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format.codecs import CODECS
 from ckptstore.format.digest import sha256
 from ckptstore.format.jsontext import compact, indented, parse_json
-from ckptstore.format.layout import FORMAT, CheckpointId, check_file_name, parse_id
+from ckptstore.format.layout import FORMAT, CheckpointId, check_file_name, file_key, parse_id
 from ckptstore.format.tensorfile import BLOCK_BYTES, TensorFile, TensorRow
 
 SMALL_LIMIT = 16 << 10
@@ -232,6 +232,11 @@ class FileEntry(Record):
         if offset != self.stored_bytes:
             raise ValueError(f"{self.name}: the stored blocks don't add up to the file's size")
         return self
+
+    @property
+    def key(self) -> str:
+        """Where the bytes lie, in its owner's folder."""
+        return file_key(parse_id(self.owner), self.name)
 
     def layout(self) -> TensorFile:
         """The byte stream that the tensors make up.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ckptstore.engine import commit
 from ckptstore.engine.catalogue import Checkpoint, read_holds
 from ckptstore.engine.commit import read_fate
 from ckptstore.errors import CheckpointError, ExistsError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
-from ckptstore.format.records import HoldRecord, TombstoneRecord, now, seal
+from ckptstore.format.records import HoldRecord, now, seal
 from ckptstore.maintenance.lent import borrowed_keys
 from ckptstore.storage.base import Storage
 
@@ -24,13 +25,11 @@ def bury(storage: Storage, checkpoint: Checkpoint, reason: str) -> None:
         ExistsError: a hold stands in the way, or it is buried already.
     """
     check_unheld(storage, checkpoint)
-    key = layout.tombstone_key(checkpoint.order)
-    record = TombstoneRecord(store_id=checkpoint.record.store_id, id=checkpoint.id, created=now(), reason=reason[:1000])
-    storage.create(key, seal(record))
+    commit.bury(storage, checkpoint.order, checkpoint.record.store_id, reason)
     try:
         check_unheld(storage, checkpoint)
     except CheckpointError:
-        storage.delete([key])
+        storage.delete([layout.tombstone_key(checkpoint.order)])
         raise
 
 

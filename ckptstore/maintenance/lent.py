@@ -75,7 +75,7 @@ def borrowed_keys(storage: Storage, commit: CommitRecord) -> list[str]:
         IntegrityError, FormatError: its manifest or a part is damaged or malformed.
     """
     files = [file for part in read_contents(storage, commit).parts for file in part.files]
-    return [layout.file_key(parse_id(file.owner), file.name) for file in files if file.owner != commit.id]
+    return [file.key for file in files if file.owner != commit.id]
 
 
 def damaged_ids(catalogue: Catalogue) -> set[CheckpointId]:

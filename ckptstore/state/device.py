@@ -20,7 +20,6 @@ class DeviceReader:
     """Reads tensors of one device for one save. Made in the thread that trains, used in any."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._ready = cuda.Event()  # type: ignore[no-untyped-call]
         self._ready.record(cuda.current_stream(device))
         self._stream = _side_stream(device)

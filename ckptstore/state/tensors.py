@@ -121,11 +121,11 @@ class TensorSource:
             raise ValueError(f"{self.spec.name}: {out.nbytes} bytes at {offset} are outside of {self.nbytes}")
         if not out.nbytes:
             return
-        if self._reader is not None and self.live is not None and self.place and self._kept is None:
-            self._reader.read_into(self.live, offset, out)
-            return
-        if self.place and self._kept is None:
-            copy_memory(address_of(out), self.place + offset, out.nbytes)
+        if self._is_in_place():
+            if self._reader is None or self.live is None:
+                copy_memory(address_of(out), self.place + offset, out.nbytes)
+            else:
+                self._reader.read_into(self.live, offset, out)
             return
         part = self._bytes()[offset : offset + out.nbytes]
         # NumPy lets go of the interpreter lock while it copies; a slice assignment of memoryviews doesn't.
@@ -138,13 +138,13 @@ class TensorSource:
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes ``[offset, offset + length)`` of the image, where they lie if that is here; any thread."""
-        if self._reader is not None and self.place and self._kept is None:
-            copy = memoryview(bytearray(length))
-            self.read_into(offset, copy)
-            return copy
-        if self.place and self._kept is None:
+        if not self._is_in_place():
+            return self._bytes()[offset : offset + length].data
+        if self.near:
             return memoryview((ctypes.c_ubyte * length).from_address(self.place + offset)).cast("B")
-        return self._bytes()[offset : offset + length].data
+        copy = memoryview(bytearray(length))
+        self.read_into(offset, copy)
+        return copy
 
     def keep(self, out: Bytes, *, for_good: bool) -> None:
         """Copy the image into ``out``, which has its size, and read it from there, ``for_good`` or until ``rebase``."""
@@ -171,6 +171,9 @@ class TensorSource:
     def release(self) -> None:
         """Drop the host copy that reading has made, if there is one."""
         self._image = None
+
+    def _is_in_place(self) -> bool:
+        return self.place != 0 and self._kept is None
 
     def _bytes(self) -> Bytes:
         if self._kept is not None:
