@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-import ckptstore as cs
 from benchmarks.rounds import Tell, settle, stored_bytes, timed, turns
-from benchmarks.savers import Saver
+from benchmarks.savers import InStore, Saver
 from benchmarks.workload import GPT2, Size, Workload
 from ckptstore.tools.subjects import SUBJECTS
 
@@ -41,24 +39,6 @@ def measure(
     return {"bytes": workload.bytes, "changing_bytes": _changing_bytes(workload), "savers": found}
 
 
-class _CkptStore(Saver):
-    """``store.save``, each time into the same store."""
-
-    def __enter__(self) -> Self:
-        self._store = cs.open(str(self.folder))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._store.close()
-        super().__exit__(kind, error, trace)
-
-    def save(self) -> None:
-        self.count += 1
-        self._store.save(self.workload.state, step=self.count)
-
-
 class _Rival(Saver):
     """One of ``SUBJECTS``, each time into a folder of its own."""
 
@@ -74,7 +54,7 @@ class _Rival(Saver):
 
 def _run(name: str, folder: str, workload: Workload) -> dict[str, float]:
     place = os.path.join(folder, name)
-    made = _CkptStore(place, workload) if name == "ckptstore" else _Rival(place, workload, name)
+    made = InStore(place, workload) if name == "ckptstore" else _Rival(place, workload, name)
     with made as saver:
         first_s = timed(saver.save)
         first_bytes = stored_bytes(place)

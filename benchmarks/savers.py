@@ -199,14 +199,11 @@ class TorchSnapshot(Background):
         self._pending.wait()
 
 
-class Async(Saver):
-    """``store.save(mode="async")``: copied at the call into memory that is kept."""
-
-    mode = "async"
+class InStore(Saver):
+    """``store.save``, each time into the same store; durable on return."""
 
     def __enter__(self) -> Self:
         self._store = cs.open(str(self.folder))
-        self._handle: Any = None
         return self
 
     def __exit__(
@@ -214,6 +211,20 @@ class Async(Saver):
     ) -> None:
         self._store.close()
         super().__exit__(kind, error, trace)
+
+    def save(self) -> None:
+        self.count += 1
+        self._store.save(self.workload.state, step=self.count)
+
+
+class Async(InStore):
+    """``store.save(mode="async")``: copied at the call into memory that is kept."""
+
+    mode = "async"
+
+    def __enter__(self) -> Self:
+        self._handle: Any = None
+        return super().__enter__()
 
     def save(self) -> None:
         self.count += 1

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,27 @@ def environment(**extra: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (extra.pop("first", ""), str(SOURCE))))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CKPTSTORE_")}
     return {**kept, "PYTHONPATH": path, **extra}
+
+
+@contextmanager
+def started(*args: object, until: Callable[[], object]) -> Iterator[subprocess.Popen[str]]:
+    """The command line as a process of its own that has come so far that ``until`` holds; killed at the latest here."""
+    command = [sys.executable, "-m", "ckptstore.cli", *map(str, args)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        while not until():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.01)
+        yield child
+    finally:
+        child.kill()
+
+
+def interrupt(child: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Press Ctrl-C: exit code, stdout and stderr."""
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=60)
+    return child.returncode, stdout, stderr
 
 
 def process(*args: object, **extra: str) -> Answer:

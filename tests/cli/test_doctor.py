@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import ckptstore
 from ckptstore.errors import NotFoundError
 from ckptstore.storage import LocalStorage, MemoryStorage
 from ckptstore.tools import doctor
-from tests.cli.conftest import Run, environment, process
+from tests.cli.conftest import Run, environment, interrupt, process, started
 
 PROMISES = {
     *("process_end", "power_cut", "exclusive_create", "atomic_create", "read_after_write", "list_after_write"),
@@ -153,28 +151,17 @@ def test_a_read_only_file_system_is_exit_2(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_it_and_removes_its_files(tmp_path: Path) -> None:
     """One line, exit code 130, nothing left."""
-    command = [sys.executable, "-m", "ckptstore.cli", "doctor", str(tmp_path), "--size", "500MB"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    try:
-        while not list(tmp_path.glob("doctor-*/blocks/*")):
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        stdout, stderr = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert (child.returncode, stdout, stderr) == (130, "", "interrupted\n")
+    blocks = lambda: list(tmp_path.glob("doctor-*/blocks/*"))  # noqa: E731
+    with started("doctor", tmp_path, "--size", "500MB", until=blocks) as child:
+        assert interrupt(child) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_one_leaves_is_collected_by_prune(url: str, run: Run) -> None:
-    command = [sys.executable, "-m", "ckptstore.cli", "doctor", url, "--size", "500MB"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    while not list(Path(url).glob("doctor-*/blocks/*")):
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.01)
-    child.kill()
-    child.communicate()
+    blocks = lambda: list(Path(url).glob("doctor-*/blocks/*"))  # noqa: E731
+    with started("doctor", url, "--size", "500MB", until=blocks) as child:
+        child.kill()
+        child.communicate()
     with ckptstore.open(url) as store:
         store.prune(grace_s=0)
     assert list(Path(url).glob("doctor-*")) == []

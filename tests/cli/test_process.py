@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import pty
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import ckptstore
-from tests.cli.conftest import environment, process
+from tests.cli.conftest import environment, interrupt, process, started
 
 HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors")
 
@@ -158,15 +156,7 @@ def test_delete_asks_at_a_real_terminal(url: str, ids: list[str]) -> None:
 
 def test_ctrl_c_ends_bench_and_removes_its_files(tmp_path: Path) -> None:
     """One line, exit code 130, nothing left."""
-    command = [sys.executable, "-m", "ckptstore.cli", "bench", str(tmp_path), "--size", "20MB", "--rounds", "10000"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    try:
-        while not list(tmp_path.glob("bench-*/ckptstore-*")):
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        stdout, stderr = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert (child.returncode, stdout, stderr) == (130, "", "interrupted\n")
+    places = lambda: list(tmp_path.glob("bench-*/ckptstore-*"))  # noqa: E731
+    with started("bench", tmp_path, "--size", "20MB", "--rounds", "10000", until=places) as child:
+        assert interrupt(child) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
