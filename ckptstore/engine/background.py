@@ -20,6 +20,8 @@ from ckptstore.engine.workers import cores
 from ckptstore.errors import CheckpointError, SaveFailedError, StorageError
 
 _log = logging.getLogger("ckptstore")
+_HEAD_START_S = 0.02
+"""How long at most a save waits for its caller to go on; needed only where a signal handler keeps the caller."""
 _TRIES = 5
 """How often a save is begun of a state that is written to while it is read."""
 
@@ -72,8 +74,10 @@ class SaveHandle:
         self._told = self._begun = False
         self._given_up: BaseException | None = None
         self._on_end: Callable[[], None] = lambda: None
+        self._caller = threading.Lock()
+        self._caller.acquire()
         # Never a daemon, which Python drops at its end, also where the caller is one.
-        self._thread = threading.Thread(target=self._run, name="ckptstore-save", daemon=False)
+        self._thread = threading.Thread(target=self._run_behind, name="ckptstore-save", daemon=False)
 
     def __repr__(self) -> str:
         how = "running" if not self._ended else "failed" if self._error else "done"
@@ -137,6 +141,10 @@ class SaveHandle:
         # No room for a thread, or the interpreter is ending: then the caller waits.
         if here or _at_exit() or not self._start_thread():
             self._run()
+
+    def let_go(self) -> None:
+        """The caller goes on now; to be called once."""
+        self._caller.release()
 
     def running(self) -> bool:
         """Whether it was begun and has not ended."""
@@ -202,6 +210,11 @@ class SaveHandle:
             return False
         self._begun = True
         return True
+
+    def _run_behind(self) -> None:
+        # Planning holds the interpreter lock for milliseconds, which the caller would wait for.
+        self._caller.acquire(timeout=_HEAD_START_S)
+        self._run()
 
     def _run(self) -> None:
         self._begun = True
@@ -355,6 +368,7 @@ class Background:
             if window is not None:
                 window.open(lambda frozen: handle.finish_reading(Change.ALL if frozen else Change.TRAINED))
             handle.start(on_end=window.shut if window is not None else lambda: None, here=here)
+            handle.let_go()
             if first is not Change.NOTHING:
                 handle.finish_reading(first)
         except BaseException as error:

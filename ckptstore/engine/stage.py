@@ -52,6 +52,10 @@ class Stage:
         self._dropped: set[PlannedFile] = set()
         # By what changes them: a step needn't wait for frozen blocks, of which one is being read all the time.
         self._reading = dict.fromkeys(Change, 0)
+        self._copied_now: Change | None = None
+        """What is being copied: all that changes with it. The pipeline leaves it to the copiers, who are faster."""
+        self._starved = False
+        """The copiers have no buffer, so that the pipeline must help."""
         self._over = False
         self._broken: BaseException | None = None
 
@@ -93,7 +97,10 @@ class Stage:
 
     def _can_take(self) -> bool:
         front = self._pending[0] if self._pending else None
-        return front is None or front in self._live or front in self._copies or self._unusable
+        if front is None or front in self._copies or self._unusable:
+            return True
+        left_alone = self._copied_now is not None and front.changes_with <= self._copied_now and not self._starved
+        return front in self._live and not left_alone
 
     @contextmanager
     def reading(self, block: Block) -> Iterator[None]:
@@ -211,17 +218,27 @@ class Stage:
         Raises:
             StateMoved: the state has changed already, and what was read of it may be torn.
         """
-        copied: list[int] = []
-        with self._changed:
-            rest = deque(b for b in self._pending if b in self._live and b.changes_with <= change)
-        if rest:
-            run(self._to_copy(rest), lambda work: copied.append(self._copy(*work)), threads=threads)
+        copied = self._copy_live(change, threads)
         with self._changed:
             self._changed.wait_for(lambda: self._over or not self._is_read(change))
             if not self._over:
                 self._check(self.moved or self._find_moved())
             # In the same breath: a check that came between would take what now happens for a tear.
             self.safe = max(self.safe, change)
+        return copied
+
+    def _copy_live(self, change: Change, threads: int) -> int:
+        copied: list[int] = []
+        with self._changed:
+            rest = deque(b for b in self._pending if b in self._live and b.changes_with <= change)
+            before, self._copied_now = self._copied_now, change
+        try:
+            if rest:
+                run(self._to_copy(rest), lambda work: copied.append(self._copy(*work)), threads=threads)
+        finally:
+            with self._changed:
+                self._copied_now = before
+                self._changed.notify_all()
         return sum(copied)
 
     def _to_copy(self, rest: deque[Block]) -> Iterator[tuple[Block, Buffer]]:
@@ -229,7 +246,10 @@ class Stage:
             with self._changed:
                 # The buffer first: a block that is claimed and has none would be waited for by those who give back.
                 while (buffer := self._area.try_take()) is None and self._drop_taken(rest) and not self._unusable:
+                    self._starved = True
+                    self._changed.notify_all()
                     self._changed.wait()
+                self._starved = False
                 if not self._drop_taken(rest) or self._unusable:
                     if buffer is not None:
                         self._area.give_back(buffer)

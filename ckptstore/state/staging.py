@@ -196,9 +196,9 @@ def _keep(sources: list[tuple[TensorSource, bool]]) -> None:
     A parameter is read again then, however small it is, so that it fits the large ones; batch statistics are not.
     """
     room = np.empty(sum(source.nbytes for source, _ in sources), np.uint8)
-    at = 0
+    address, at = room.ctypes.data, 0
     for source, for_good in sources:
-        source.keep(room[at : at + source.nbytes], for_good=for_good)
+        source.keep(room[at : at + source.nbytes], address + at, for_good=for_good)
         at += source.nbytes
 
 
