@@ -58,16 +58,23 @@ def _training(measured: Measured) -> Iterator[str]:
     usual = training.median_step_s(measured)
     added = {name: training.added_s(measured, name) for name in savers}
     cores = {name: training.added_s(measured, name, "cpu_s") for name in savers}
-    slow = {name: [_p99(training.steps_during_saves_s(measured, name)) / usual] for name in savers}
+    slow = {name: [_p99(training.slowed(measured, name))] for name in savers}
+    noise = cells.seconds(training.added_s(measured, "none"))
+    limits = [cells.seconds(added["write"]), cells.times(slow["write"]), cells.seconds(cores["write"])]
+    wait, stretch, work = (f"writing as many bytes: {limit}" for limit in limits)
     for mode, rivals in (("overlapped", ("dcp", *_IN_PLACE)), ("async", ("dcp", "torch"))):
         ours = f"ckptstore_{mode}"
         what = f"a save adds to training with steps of {usual:.1f} s, `{mode}`"
-        yield row(what, added[ours], _named(added, rivals), cells.seconds)
+        yield row(what, added[ours], _named(added, rivals), cells.seconds, limit=f"{wait}<br>no save: {noise}")
         what = f"the longest 1 % of the steps during a save, in usual steps, `{mode}`"
-        yield row(what, slow[ours], _named(slow, rivals), cells.times)
+        yield row(what, slow[ours], _named(slow, rivals), cells.times, limit=stretch)
+    waits = {name: _sum(times["call_s"], times["fence_s"]) for name, times in measured["savers"].items()}
+    what = "of these, it keeps training waiting, `overlapped`"
+    yield row(what, waits["ckptstore_overlapped"], _named(waits, ("dcp", *_IN_PLACE)), cells.seconds)
     what = "core-seconds that a save adds, `overlapped`"
     # A process of its own is not seen by this clock.
-    yield row(what, cores["ckptstore_overlapped"], _named(cores, ("dcp", "dcp_overlapped", "torch")), cells.seconds)
+    rivals = ("dcp", "dcp_overlapped", "torch")
+    yield row(what, cores["ckptstore_overlapped"], _named(cores, rivals), cells.seconds, limit=work)
 
 
 def _memory(measured: Measured) -> Iterator[str]:

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 COLOURS = {"ckptstore": "tab:blue", "torch": "tab:red"}
 LABELS = {
     "none": "no save",
+    "write": "as many bytes written, nothing else",
     "ckptstore": "ckptstore",
     "ckptstore_overlapped": "ckptstore, overlapped",
     "ckptstore_async": "ckptstore, async",
@@ -68,7 +69,8 @@ def _training(measured: dict[str, Any], path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     numbers = range(1, measured["steps"] + 1)
     for name, times in measured["savers"].items():
-        style = {"color": "black", "linestyle": "--"} if name == "none" else {"marker": "o"}
+        limits = {"none": "--", "write": ":"}
+        style = {"color": "black", "linestyle": limits[name]} if name in limits else {"marker": "o"}
         medians = [statistics.median(step) for step in zip(*times["step_s"], strict=True)]
         axes.plot(numbers, medians, label=LABELS[name], **style)
     axes.set(xlabel="steps after the save began", ylabel="seconds of the step, median", xticks=list(numbers))

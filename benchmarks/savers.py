@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import ckptstore as cs
 from benchmarks.rounds import settle
 from benchmarks.workload import Workload
-from ckptstore.tools.subjects import sync
+from ckptstore.tools.subjects import Raw, sync
 
 
 class Saver:
@@ -82,6 +83,36 @@ class Copy(Saver):
     def save(self) -> None:
         for name, tensor in self.workload.tensors().items():
             self._buffers[name].copy_(tensor)
+
+
+class Write(Saver):
+    """The machine's limit for the background: as many bytes in plain direct blocks, from nowhere and not hashed."""
+
+    def __enter__(self) -> Self:
+        self._raw = Raw(str(self.folder), self.workload.bytes).__enter__()
+        self._pool = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        self._raw.__exit__(kind, error, trace)
+
+    def save(self) -> None:
+        self._written = self._pool.submit(self._raw.save, {})
+
+    def busy(self) -> bool:
+        return self._written is not None and not self._written.done()
+
+    def wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def tidy(self) -> None:
+        Path(self._raw.file).unlink(missing_ok=True)
+        settle()
 
 
 class TorchSave(Saver):
@@ -264,6 +295,7 @@ class Overlapped(Async):
 SAVERS: dict[str, Callable[[str, Workload], Saver]] = {
     "none": Saver,
     "copy": Copy,
+    "write": Write,
     "ckptstore_overlapped": Overlapped,
     "ckptstore_async": Async,
     "dcp": DcpAsync,

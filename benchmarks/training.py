@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.rounds import Tell, timed, turns
@@ -11,7 +12,16 @@ from benchmarks.savers import Saver, savers
 from benchmarks.stepclock import StepClock
 from benchmarks.workload import GPT2, Size, Workload
 
-SAVERS = ("none", "ckptstore_overlapped", "ckptstore_async", "dcp", "dcp_overlapped", "dcp_process", "torch")
+SAVERS = (
+    "none",
+    "write",
+    "ckptstore_overlapped",
+    "ckptstore_async",
+    "dcp",
+    "dcp_overlapped",
+    "dcp_process",
+    "torch",
+)
 _WARM_UP_STEPS = 3
 
 
@@ -26,8 +36,8 @@ def measure(
 ) -> dict[str, Any]:
     """For each round by saver, of a block of ``steps`` steps that begins with a save:
 
-    * ``block_s``, ``cpu_s``: its seconds, and the core-seconds of this process in it;
-    * ``step_s``: the seconds of each of its steps, what the save blocks included;
+    * ``step_s``, ``cpu_s``: the seconds of each of its steps, what the save blocks included, and the core-seconds of
+      this process in it;
     * ``busy``: how many of them passed while the save went on; the later ones are training alone again;
     * ``call_s``: until the call of the save returns;
     * ``fence_s``: what the optimizer's hooks, and what must be done by hand before the step, took in the first step;
@@ -47,10 +57,10 @@ def measure(
 
 def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, save: bool = True) -> dict[str, Any]:
     step_s: list[float] = []
+    cpu_s: list[float] = []
     fence_s: list[float] = []
     busy = 0
-    cpu = time.process_time()
-    begin = last = time.perf_counter()
+    cpu, last = time.process_time(), time.perf_counter()
     call_s = timed(saver.save) if save else 0.0
     for _ in range(steps):
         busy += saver.busy() or not step_s
@@ -58,17 +68,16 @@ def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, sa
         by_hand_s = timed(saver.before_step)
         clock.step()
         fence_s.append(by_hand_s + clock.seconds)
-        now = time.perf_counter()
+        cpu_now, now = time.process_time(), time.perf_counter()
         step_s.append(now - last)
-        last = now
-    cpu_s = time.process_time() - cpu
+        cpu_s.append(cpu_now - cpu)
+        cpu, last = cpu_now, now
     late_s = timed(saver.wait)
     reported_s = saver.reported_s() if save else None
     saver.tidy()
     return {
-        "block_s": last - begin,
-        "cpu_s": cpu_s,
         "step_s": step_s,
+        "cpu_s": cpu_s,
         "busy": busy,
         "call_s": call_s,
         "fence_s": fence_s[0],
@@ -77,16 +86,26 @@ def _block(saver: Saver, workload: Workload, clock: StepClock, steps: int, *, sa
     }
 
 
-def added_s(measured: dict[str, Any], name: str, key: str = "block_s") -> list[float]:
-    """What one save of ``name`` adds to ``key`` in each round: more than the median of the blocks without a save."""
-    without = statistics.median(measured["savers"]["none"][key])
-    return [seconds - without for seconds in measured["savers"][name][key]]
+def added_s(measured: dict[str, Any], name: str, key: str = "step_s") -> list[float]:
+    """What one save of ``name`` adds to ``key`` in each round: the steps that it lasts, less as many usual ones.
+
+    The usual one is the median of those that follow in the same block: the speed of a shared machine drifts within
+    minutes by more than a save takes.
+    """
+    return [sum(during) - len(during) * usual for during, usual in _rounds(measured, name, key)]
 
 
-def steps_during_saves_s(measured: dict[str, Any], name: str) -> list[float]:
-    """Seconds of all steps in which a save went on."""
+def slowed(measured: dict[str, Any], name: str) -> list[float]:
+    """All steps in which a save went on, in usual steps of the same block."""
+    return [second / usual for during, usual in _rounds(measured, name, "step_s") for second in during]
+
+
+def _rounds(measured: dict[str, Any], name: str, key: str) -> Iterator[tuple[list[float], float]]:
     times = measured["savers"][name]
-    return [second for row, busy in zip(times["step_s"], times["busy"], strict=True) for second in row[:busy]]
+    for row, busy in zip(times[key], times["busy"], strict=True):
+        # The two that any save may touch are counted for all, also for those that block and are done.
+        during = max(2, busy)
+        yield row[:during], statistics.median(row[during:] or row)
 
 
 def median_step_s(measured: dict[str, Any]) -> float:

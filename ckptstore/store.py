@@ -96,16 +96,20 @@ class Store:
     def close(self) -> None:
         """Wait for the save in the background, and release what the store holds open. Safe to call twice.
 
+        Where a signal interrupts the waiting, the save goes on, and Python waits for it at its end.
+
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: that save failed, and nobody has been told.
         """
+        here = os.getpid() == self._pid
         try:
-            if os.getpid() == self._pid:
+            if here:
                 self._dispatcher.background.settle()
         finally:
             self._closed = True
-            self._tools.area.trim()
-            self._storage.close()
+            if not here or not self._dispatcher.background.busy():
+                self._tools.area.trim()
+                self._storage.close()
 
     # -- saving ------------------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
             work(task)
         return
     shift = _Shift(tasks, work)
-    members = [threading.Thread(target=shift.member, name=f"{_NAME}{n}") for n in range(threads)]
+    # Daemons, as all that are waited for are: see background._apart.
+    members = [threading.Thread(target=shift.member, name=f"{_NAME}{n}", daemon=True) for n in range(threads)]
     try:
         # Where the system has no room for more threads, those that run do all the work, or this one does.
         with suppress(RuntimeError):

@@ -178,7 +178,7 @@ class LocalStorage:
         return os_errors(doing, self._where(key), key, damage=self._damage)
 
     def _learn(self, **found: Any) -> None:
-        # Without a lock, which a forked child might find held: a race costs one more probe.
+        # Without a lock, which a forked child might find held: a race costs one more probe, or one more warning.
         self.capabilities = replace(self.capabilities, **found)
 
     def _sync(self, file: Descriptor) -> None:

@@ -102,6 +102,14 @@ def test_ratios_are_of_each_round() -> None:
     assert "can't be told" in cells.row("what", [1.0, 2.0], {"rival": [-1.0, 1.0]}, cells.seconds)
 
 
+def test_a_save_is_charged_with_what_its_steps_take_more_than_later_ones() -> None:
+    """A machine that is twice as slow in the second round has no part in it."""
+    rounds = {"step_s": [[3.0, 1.5, 1.0, 1.0, 1.0], [4.0, 2.0, 2.0, 2.0, 2.0]], "busy": [1, 3]}
+    measured = {"savers": {"ours": rounds}}
+    assert training.added_s(measured, "ours") == [2.5, 2.0]
+    assert training.slowed(measured, "ours") == [3.0, 1.5, 2.0, 1.0, 1.0]
+
+
 def test_one_run_leaves_the_results_of_others(tmp_path: Path) -> None:
     """Only the benchmark that ran is replaced; the results of another machine are not kept beside it."""
     path = tmp_path / "results.json"
