@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.rounds import Tell, timed, turns
+from benchmarks.rounds import timed
 from benchmarks.savers import Saver, installed, savers
 from benchmarks.stepclock import StepClock
 from benchmarks.workload import GPT2, Size, Workload
+from ckptstore.tools.turns import Tell, turns
 
 SAVERS = (
     "copy",

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from benchmarks.rounds import Tell, timed, turns
+from benchmarks.rounds import timed
 from ckptstore.format.codecs import decode, encode, parse_compression
 from ckptstore.format.tensorfile import BLOCK_BYTES
+from ckptstore.tools.turns import Tell, turns
 
 SETTINGS = ("float-zstd", "zstd:1", "zstd:3")
 BLOCKS = 2

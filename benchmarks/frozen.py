@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.rounds import Tell, settle, stored_bytes, timed, turns
+from benchmarks.rounds import settle, stored_bytes, timed
 from benchmarks.savers import InStore, Saver
 from benchmarks.workload import GPT2, Size, Workload
 from ckptstore.tools.subjects import SUBJECTS
+from ckptstore.tools.turns import Tell, turns
 
 SAVERS = ("ckptstore", "torch", "safetensors", "dcp")
 RANK = 8

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks import tensors
-from benchmarks.rounds import Tell, settle, timed, turns
+from benchmarks.rounds import settle, timed
 from ckptstore.tools.subjects import SUBJECTS, drop_cache
 from ckptstore.tools.throughput import gpt_state
+from ckptstore.tools.turns import Tell, turns
 
 SAVERS = ("ckptstore", "torch")
 SIZES_BYTES = (100_000_000, 300_000_000, 1_000_000_000, 3_000_000_000, 10_000_000_000)

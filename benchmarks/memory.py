@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import Tell, turns
 from benchmarks.savers import SAVERS as MADE
 from benchmarks.savers import quiet
 from benchmarks.workload import GPT2, TINY, Size, Workload
+from ckptstore.tools.turns import Tell, turns
 
 SAVERS = ("ckptstore_overlapped", "ckptstore_async", "dcp", "dcp_overlapped", "torch")
 _STATUS = Path("/proc/self/status")

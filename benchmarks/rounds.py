@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-
-Tell = Callable[[str, int, int], None]
-"""Called with what is running, measurements done and measurements in all."""
-
-
-def turns(names: Sequence[str], rounds: int, tell: Tell | None = None) -> Iterator[str]:
-    """Each name once a round; another one begins each round, so that drift favours nobody."""
-    for turn in range(rounds):
-        for index in range(len(names)):
-            name = names[(turn + index) % len(names)]
-            if tell is not None:
-                tell(name, turn * len(names) + index, rounds * len(names))
-            yield name
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.rounds import Tell, timed, turns
+from benchmarks.rounds import timed
 from benchmarks.savers import Saver, savers
 from benchmarks.stepclock import StepClock
 from benchmarks.workload import GPT2, Size, Workload
+from ckptstore.tools.turns import Tell, turns
 
 SAVERS = (
     "none",

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 import ckptstore as cs
-from benchmarks.rounds import Tell, timed, turns
+from benchmarks.rounds import timed
 from benchmarks.workload import GPT2, Size, Workload
 from ckptstore.tools.subjects import SUBJECTS, drop_cache
+from ckptstore.tools.turns import Tell, turns
 
 
 def measure(folder: str, rounds: int, *, size: Size = GPT2, tell: Tell | None = None) -> dict[str, Any]:

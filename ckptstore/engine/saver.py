@@ -17,7 +17,15 @@ from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
 from ckptstore.engine.stage import Stage, StateMoved
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.engine.writer import equals, write_files
-from ckptstore.errors import CheckpointError, ExistsError, SaveFailedError, StaleWriterError, StateError, StorageError
+from ckptstore.errors import (
+    CheckpointError,
+    CommitUnknownError,
+    ExistsError,
+    SaveFailedError,
+    StaleWriterError,
+    StateError,
+    StorageError,
+)
 from ckptstore.format import layout
 from ckptstore.format.digest import sha256
 from ckptstore.format.layout import CheckpointId, parse_id
@@ -122,7 +130,7 @@ class Saver:
 
         record = self._commit(id, job, files, write, last_look=stage.check)
         borrowed = [file for file in files if file.owner != str(id)]
-        if borrowed and self.lender is not None and not is_safe(self.tools.storage, self.lender, borrowed):
+        if borrowed and self.lender is not None and not self._is_safe(id, self.lender, borrowed):
             record, files = self._rewrite(record, job, stage.plan, files)
         return Lender.of(record, self.store.digest, files)
 
@@ -164,6 +172,18 @@ class Saver:
                 meter.add(file.stream.raw_bytes)
         return found
 
+    def _is_safe(self, id: CheckpointId, lender: Lender, borrowed: Sequence[FileEntry]) -> bool:
+        """Whether ``id``, which is committed, may keep what it borrows from ``lender``."""
+        try:
+            return is_safe(self.tools.storage, lender, borrowed)
+        except StorageError as error:
+            raise CommitUnknownError(
+                f"{id} was committed, but whether what it borrows from {lender.id} will stay is unknown ({error}); "
+                f"store.verify({str(id)!r}) tells once the storage answers",
+                id=str(id),
+                step=id.step,
+            ) from error
+
     def _rewrite(
         self, first: CommitRecord, job: Job, plan: Plan, files: Sequence[FileEntry]
     ) -> tuple[CommitRecord, list[FileEntry]]:
@@ -196,7 +216,7 @@ class Saver:
         try:
             record = self._commit(again, job, entries, write, last_look=lambda: None)
             broken = Lender.of(first, self.store.digest, files)
-            if own and not is_safe(self.tools.storage, broken, list(own.values())):
+            if own and not self._is_safe(again, broken, list(own.values())):
                 with contextlib.suppress(ExistsError):
                     bury(self.tools.storage, again, self.store.store_id, lost)
                 raise SaveFailedError(f"{again} was not saved: {lost}; save again", id=str(again), step=again.step)

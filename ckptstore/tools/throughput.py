@@ -11,7 +11,7 @@ import secrets
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,14 @@ from urllib.request import url2pathname
 
 from ckptstore.errors import IntegrityError, NotFoundError, StateError, StorageFullError
 from ckptstore.tools.subjects import SUBJECTS, Subject, drop_cache
+from ckptstore.tools.turns import Tell as Progress
+from ckptstore.tools.turns import turns
 
 if TYPE_CHECKING:
     import torch
 
 RIVALS = ("ckptstore", "torch", "safetensors", "dcp")
 """What is measured where nothing else is asked for. ``raw`` is the machine's limit: plain parallel direct I/O."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is running, operations done and operations in all."""
 
 _MINIMUM_BYTES = 1 << 20
 # One copy on storage, and room for what the file system holds back.
@@ -123,13 +122,10 @@ def measure_state(
         for name in rivals:
             # What is imported and set up at the first use is not what is measured.
             _once(name, SUBJECTS[name](f"{place}/{name}-first", _MINIMUM_BYTES), small, copied(small), check=False)
-        for turn in range(rounds):
-            for index in range(len(rivals)):
-                name = rivals[(turn + index) % len(rivals)]
-                if progress is not None:
-                    progress(name, turn * len(rivals) + index, rounds * len(rivals))
-                subject = SUBJECTS[name](f"{place}/{name}-{turn}", actual_bytes)
-                times[name].append(_once(name, subject, state, target, check=turn == 0))
+        for name in turns(rivals, rounds, progress):
+            turn = len(times[name])
+            subject = SUBJECTS[name](f"{place}/{name}-{turn}", actual_bytes)
+            times[name].append(_once(name, subject, state, target, check=turn == 0))
     return [Result(name, actual_bytes, *zip(*times[name], strict=True)) for name in rivals]
 
 

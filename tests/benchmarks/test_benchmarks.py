@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from benchmarks.stepclock import StepClock
 from benchmarks.table import DRAWINGS, markdown
 from benchmarks.workload import GPT2, TINY, Workload, adapt, gpt
 from ckptstore.tools.throughput import measure as throughput
+from ckptstore.tools.turns import turns
 
 Measure = Callable[[str], dict[str, Any]]
 
@@ -94,6 +97,18 @@ def test_committed_results_make_a_table() -> None:
     committed = json.loads(results.PATH.read_text())
     text = markdown(committed)
     assert all(f"benchmarks/{name}.svg" in text for name in DRAWINGS if name in committed)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_everybody_follows_everybody(count: int) -> None:
+    """As often as everybody else does, within twice as many rounds as there are names: none has the better place."""
+    names = [str(n) for n in range(count)]
+    order = list(turns(names, 2 * count))
+    rounds = [order[at : at + count] for at in range(0, len(order), count)]
+    assert all(sorted(names) == sorted(round) for round in rounds)
+    followed = Counter(pair for round in rounds for pair in pairwise(round))
+    assert set(followed.values()) <= {2}
+    assert len(followed) == count * (count - 1)
 
 
 def test_ratios_are_of_each_round() -> None:

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from ckptstore.engine import saver
 from ckptstore.engine.catalogue import Checkpoint
-from ckptstore.errors import NotFoundError, SaveFailedError
+from ckptstore.errors import CommitUnknownError, NotFoundError, SaveFailedError, StorageError
 from tests.integrity.borrowing import interrupted
 from tests.integrity.crash import Crash
 from tests.integrity.processes import reap, tune, tuned, tuned_tensors
@@ -202,6 +203,25 @@ def test_a_borrower_that_was_never_acknowledged(monkeypatch: pytest.MonkeyPatch)
     assert key not in scene.raw.listing()
     with opened(scene.raw.url) as store:
         assert read(store, saved) == tuned_tensors(11)
+
+
+def test_a_look_after_the_commit_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage goes away between commit and second look: the error says what is known, nothing is removed."""
+    scene, looks = Scene(1), list[bool]()
+
+    def look(*arguments: Any) -> bool:
+        looks.append(True)
+        if len(looks) > 1:
+            raise StorageError("the line is dead", transient=True)
+        return real(*arguments)
+
+    real = saver.is_safe
+    monkeypatch.setattr(saver, "is_safe", look)
+    with pytest.raises(CommitUnknownError, match=r"was committed.*line is dead.*store\.verify") as caught:
+        save(scene.store, tuned(10), 10)
+    assert len(looks) == 2
+    assert read(scene.store, scene.store.resolve(caught.value.id)) == tuned_tensors(10)
+    assert scene.store.verify().ok
 
 
 def test_processes_that_save_delete_and_prune(store_path: Path, full: bool) -> None:
