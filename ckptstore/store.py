@@ -108,7 +108,7 @@ class Store:
         finally:
             self._closed = True
             if not here or not self._dispatcher.background.busy():
-                self._tools.area.trim()
+                self._tools.area.clear()
                 self._storage.close()
 
     # -- saving ------------------------------------------------------------------------------------------

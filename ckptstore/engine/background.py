@@ -228,9 +228,7 @@ class SaveHandle:
             if last is not None:
                 last.end()
                 last.plan.release()
-            if self.mode == "overlapped":
-                # Async needs its copies again at every save; here they were needed because a step came early.
-                self._tools.area.trim()
+            self._tools.area.trim()
             self._on_end()
             del self._job, self._save
             self._ended = time.perf_counter()

@@ -94,7 +94,7 @@ class StagingArea:
         """Begin anew, with no buffer allocated and none taken."""
         self.changed = threading.Condition()
         self._free: list[Buffer] = []
-        self._taken = 0
+        self._taken = self._most = 0
 
     def try_take(self) -> Buffer | None:
         """A buffer, or None where the bound is reached or the machine has no more memory: wait for ``changed``."""
@@ -106,6 +106,7 @@ class StagingArea:
             except StorageError:
                 return None
             self._taken += 1
+            self._most = max(self._most, self._taken)
             return buffer
 
     def give_back(self, buffer: Buffer) -> None:
@@ -116,7 +117,16 @@ class StagingArea:
             self.changed.notify_all()
 
     def trim(self) -> None:
-        """Give the memory that is not in use back to the system."""
+        """Give back to the system what was not needed since the last call, and is not in use.
+
+        What was needed will be needed again: a machine may take longer to find memory than to copy into it.
+        """
+        with self.changed:
+            del self._free[max(0, self._most - self._taken) :]
+            self._most = self._taken
+
+    def clear(self) -> None:
+        """Give all memory that is not in use back to the system."""
         with self.changed:
             self._free.clear()
 
