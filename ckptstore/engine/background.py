@@ -228,7 +228,9 @@ class SaveHandle:
             if last is not None:
                 last.end()
                 last.plan.release()
-            self._tools.area.trim()
+            if self.mode == "overlapped":
+                # Async needs the state's size every time, give or take what the pipeline was faster to read.
+                self._tools.area.trim()
             self._on_end()
             del self._job, self._save
             self._ended = time.perf_counter()
