@@ -152,7 +152,7 @@ class TensorSource:
         Args:
             address: of ``out``; asking each piece of one array for its own takes longer than the copy.
         """
-        if self.place and self.near and self._kept is None:
+        if self._is_in_place() and self.near:
             copy_memory(address, self.place, self.nbytes)
         elif self.nbytes:
             self.read_into(0, out.data)
