@@ -450,6 +450,7 @@ class Store:
 def open(
     url: str | os.PathLike[str],
     *,
+    storage_options: Mapping[str, Any] | None = None,
     read_only: bool = False,
     shared: bool = False,
     compression: str = "none",
@@ -460,7 +461,8 @@ def open(
     """Open the store at ``url``; nothing is created before the first save.
 
     Args:
-        url: a path, ``file:///path`` or ``memory://name``.
+        url: a path, ``file:///path``, ``memory://name`` or ``s3://bucket/prefix``.
+        storage_options: for s3, those of ``s3fs.S3FileSystem``. None: from the usual AWS environment.
         read_only: for people who only look: every change is refused, and a missing store is an error.
         shared: let several processes save side by side; without it the newest to save owns the store.
         compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
@@ -482,7 +484,7 @@ def open(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
-    storage = open_storage(os.fspath(url), read_only=read_only)
+    storage = open_storage(url, read_only=read_only, options=storage_options)
     return Store(
         storage,
         read_only=read_only,

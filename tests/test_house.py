@@ -36,6 +36,11 @@ HOMES = {
     "hashlib": {"format/digest.py"},
     "zstandard": {"format/codecs.py"},
     "safetensors": {"tools"},
+    "fsspec": {"storage"},
+    "s3fs": {"storage"},
+    "botocore": {"storage"},
+    "aiohttp": {"storage"},
+    "tenacity": {"storage", "maintenance"},
     "click": {"cli"},
     "rich": {"cli"},
 }

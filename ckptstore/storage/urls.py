@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote
 
 from ckptstore.errors import StorageError
@@ -14,15 +16,23 @@ from ckptstore.storage.memory import MemoryStorage
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
 
 
-def open_storage(url: str | os.PathLike[str], *, read_only: bool = False) -> Storage:
-    """The storage at a path, ``file:///absolute/path`` or ``memory://name``. Creates nothing.
+def open_storage(
+    url: str | os.PathLike[str], *, read_only: bool = False, options: Mapping[str, Any] | None = None
+) -> Storage:
+    """The storage at a path, ``file:///absolute/path``, ``memory://name`` or ``s3://bucket/prefix``. Creates nothing.
+
+    Args:
+        options: credentials, endpoint and the like, of ``s3fs.S3FileSystem``.
 
     Raises:
         NotFoundError: opened read-only, and there is nothing.
-        StorageError: no such scheme, a URL that carries secrets, or a place that can't hold checkpoints.
+        StorageError: no such scheme, a URL that carries secrets, options where there are none to give, a package that
+            isn't installed, or a place that can't hold checkpoints.
     """
     text = os.fspath(url)
     match = _SCHEME.match(text)
+    if options and (match is None or match[1].lower() != "s3"):
+        raise StorageError(f"storage_options={sorted(options)} are for s3:// URLs; leave them out")
     if match is None:
         return LocalStorage(_expanded(text), read_only=read_only)
     scheme, rest = match[1].lower(), match[3]
@@ -33,7 +43,11 @@ def open_storage(url: str | os.PathLike[str], *, read_only: bool = False) -> Sto
         return LocalStorage(_file_path(rest), read_only=read_only)
     if scheme == "memory":
         return _open_memory(rest, read_only=read_only)
-    raise StorageError(f"{scheme}:// is not supported. Give a path, file:///absolute/path or memory://name")
+    if scheme == "s3":
+        return _open_s3(rest, options or {}, read_only=read_only)
+    raise StorageError(
+        f"{scheme}:// is not supported. Give a path, file:///absolute/path, memory://name or s3://bucket/prefix"
+    )
 
 
 def _expanded(path: str) -> str:
@@ -57,6 +71,20 @@ def _file_path(rest: str) -> str:
     if host not in ("", "localhost") or not slash:
         raise StorageError("a file URL has an absolute path and no host: file:///absolute/path")
     return _expanded("/" + unquote(path))
+
+
+def _open_s3(rest: str, options: Mapping[str, Any], *, read_only: bool) -> Storage:
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.strip("/")
+    if not bucket:
+        raise StorageError("an s3 URL needs a bucket: s3://bucket/prefix")
+    if "//" in prefix or any(ord(letter) < ord(" ") for letter in rest):
+        raise StorageError(f"{rest!r} is no place in a bucket: empty names and control characters are not allowed")
+    try:
+        from ckptstore.storage.s3 import S3Storage
+    except ImportError as error:
+        raise StorageError(f"s3:// needs {error.name}: pip install 'ckptstore[s3]'") from error
+    return S3Storage(bucket, prefix, options, read_only=read_only)
 
 
 def _open_memory(name: str, *, read_only: bool) -> Storage:

@@ -1,0 +1,113 @@
+"""Requests to one bucket, tried again as long as that may help.
+
+s3fs makes the client: it knows every way to give credentials, endpoints and encryption. Its retries and botocore's are
+switched off, as they don't tell whether an earlier try may have been applied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import s3fs
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from ckptstore.errors import StorageError
+from ckptstore.storage.s3.failures import is_transient, translate
+
+T = TypeVar("T")
+
+DEADLINE_S = 120.0
+"""For one request, all its tries included."""
+_CONNECTIONS = 64
+_CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 30,
+    "max_pool_connections": _CONNECTIONS,
+    "retries": {"total_max_attempts": 1},
+}
+
+
+class Call(Protocol):
+    """One request by the name of its method in botocore, the bucket given already."""
+
+    def __call__(self, method: str, /, **parameters: Any) -> Awaitable[dict[str, Any]]: ...
+
+
+class S3Client:
+    """A bucket.
+
+    Args:
+        bucket: its name.
+        prefix: of all keys: "", or what ends in "/".
+        options: of ``s3fs.S3FileSystem``; see there.
+        deadline_s: how long a request is tried again, in seconds.
+
+    Raises:
+        StorageError: options that s3fs doesn't take.
+    """
+
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, deadline_s: float = DEADLINE_S) -> None:
+        self.bucket, self.prefix = bucket, prefix
+        self._pid = os.getpid()
+        config = _CONFIG | dict(options.get("config_kwargs", {}))
+        try:
+            self._fs = s3fs.S3FileSystem(
+                **{**options, "config_kwargs": config}, skip_instance_cache=True, use_listings_cache=False
+            )
+        except (TypeError, ValueError) as error:
+            raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {error}") from None
+        self._tries = Retrying(
+            stop=stop_after_delay(deadline_s),
+            wait=wait_random_exponential(multiplier=0.2, max=10),
+            retry=retry_if_exception(is_transient),
+            reraise=True,
+        )
+
+    def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str) -> T:
+        """``work``, some requests, from any thread; again as long as what it raises is transient.
+
+        Raises:
+            CheckpointError: what it raised at last, translated.
+        """
+        self._check_process()
+        try:
+            done: T = self._tries(self._once, work)
+            return done
+        except Exception as error:
+            raise translate(error, doing, self._where(key), key) from error
+
+    def _once(self, work: Callable[[Call], Awaitable[T]]) -> T:
+        async def with_session() -> T:
+            await self._fs.set_session()
+            return await work(self._call)
+
+        running = asyncio.run_coroutine_threadsafe(with_session(), self._fs.loop)
+        try:
+            return running.result()
+        except BaseException:
+            # Interrupted: nothing may go on behind the caller's back.
+            running.cancel()
+            raise
+
+    async def _call(self, method: str, /, **parameters: Any) -> dict[str, Any]:
+        client = await self._fs.get_s3(self.bucket)
+        request = getattr(client, method)
+        complete = self._fs._get_s3_method_kwargs(request, self._fs.req_kw, Bucket=self.bucket, **parameters)
+        answer: dict[str, Any] = await request(**complete)
+        return answer
+
+    def _where(self, key: str) -> str:
+        client = getattr(self._fs, "_s3", None)
+        meta = getattr(client, "meta", None)
+        at = f" at {meta.endpoint_url} ({meta.region_name})" if meta is not None else ""
+        return f"s3://{self.bucket}/{self.prefix}{key}{at}"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StorageError(
+                f"s3://{self.bucket} was opened in process {self._pid}; its connections can't be used in the fork "
+                f"{os.getpid()}: open it again there"
+            )

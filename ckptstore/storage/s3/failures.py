@@ -1,0 +1,124 @@
+"""What an error of a request means: for trying again, for what may have happened, and for whoever gets to see it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import aiohttp
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from ckptstore.errors import (
+    CheckpointError,
+    ExistsError,
+    NotFoundError,
+    StorageError,
+    StorageFullError,
+    UnavailableError,
+)
+
+_NEVER_SENT = (boto.ConnectionError, aiohttp.ClientConnectorError)
+"""There was no connection."""
+
+_NO_ANSWER = (
+    boto.HTTPClientError,
+    ResponseParserError,
+    boto.IncompleteReadError,
+    aiohttp.ClientError,
+    asyncio.TimeoutError,
+    OSError,
+)
+"""The connection failed before, while or after the server did what it was asked for."""
+
+_BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
+"""Status codes after which the same request may succeed; 409 is another conditional write to the same key."""
+
+_RETRIED_CODES = {
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "BadDigest",
+    "XAmzContentChecksumMismatch",
+    "InternalError",
+}
+"""Also where the status says otherwise. A checksum that doesn't fit was damaged on its way."""
+
+_FULL_CODES = {"QuotaExceeded", "StorageFull", "XMinioStorageFull", "InsufficientCapacity"}
+
+
+class Incomplete(Exception):  # noqa: N818 - what happened to a body, dealt with by asking for the rest
+    """The answer ended too early."""
+
+
+def code_of(error: BaseException) -> str:
+    """S3's own name of the error, as ``NoSuchKey``; "" where the server sent none."""
+    return str(_answer(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: BaseException) -> int:
+    """HTTP status of the answer; 0 where there was none."""
+    return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the key isn't there. A missing bucket is something else."""
+    return status_of(error) == 404 and code_of(error) != "NoSuchBucket"
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a condition of the request wasn't met."""
+    return status_of(error) == 412
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, CheckpointError):
+        return False
+    if isinstance(error, boto.ClientError):
+        return status_of(error) in _BUSY or code_of(error) in _RETRIED_CODES
+    return isinstance(error, (*_NEVER_SENT, *_NO_ANSWER, Incomplete))
+
+
+def may_be_applied(error: BaseException) -> bool:
+    """Whether the server may have done what it was asked for: it gave no answer, or one of a gateway before it."""
+    if isinstance(error, boto.ClientError):
+        return status_of(error) >= 500 or status_of(error) < 300
+    return isinstance(error, _NO_ANSWER) and not isinstance(error, _NEVER_SENT)
+
+
+def translate(error: BaseException, doing: str, where: str, key: str) -> CheckpointError:
+    """The error to raise for one of s3fs, botocore or the connection; ``doing`` and ``where`` for its message."""
+    if isinstance(error, CheckpointError):
+        return error
+    place, code = f"{where}: {doing} failed", code_of(error)
+    said = _said(error)
+    if is_missing(error):
+        return NotFoundError(f"{where} doesn't exist", key=key)
+    if is_conflict(error):
+        return ExistsError(f"{where} exists already, and nothing is ever overwritten", key=key)
+    if code == "NoSuchBucket":
+        return StorageError(f"{place}: there is no such bucket; make it first, or mend the URL", key=key)
+    if code in _FULL_CODES:
+        return StorageFullError(f"{place}: {said}", key=key)
+    if status_of(error) in (401, 403) or isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return UnavailableError(
+            f"{place}: {said}. Give credentials by the environment or storage_options, and see what they allow",
+            transient=False,
+            key=key,
+        )
+    outcome: Literal["failed", "unknown"] = "unknown" if may_be_applied(error) else "failed"
+    if is_transient(error):
+        return UnavailableError(f"{place}: {said}", outcome=outcome, key=key)
+    return StorageError(f"{place}: {said}", outcome=outcome, key=key)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, boto.ClientError):
+        message = str(_answer(error).get("Error", {}).get("Message", ""))[:300]
+        return f"{code_of(error) or 'error'} ({status_of(error)}) {message}".strip()
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
+    return error.response if isinstance(error, boto.ClientError) else {}

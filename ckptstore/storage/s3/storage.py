@@ -1,0 +1,172 @@
+"""Objects in a bucket, below one prefix."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from ckptstore.errors import ExistsError, FormatError, NotFoundError, StorageError
+from ckptstore.storage.base import Capabilities, Entry, check_key, check_prefix
+from ckptstore.storage.s3.client import Call, S3Client
+from ckptstore.storage.s3.download import S3Reader
+from ckptstore.storage.s3.failures import Incomplete, is_conflict, may_be_applied
+from ckptstore.storage.s3.upload import S3Writer, checksum
+
+_NONCE = "ckptstore-nonce"
+_DELETED_AT_ONCE = 1000
+
+
+class S3Storage:
+    """Objects whose keys begin with ``prefix`` in ``bucket``.
+
+    Args:
+        bucket: which must exist.
+        prefix: "" or names joined by "/".
+        options: of ``s3fs.S3FileSystem``: credentials, endpoint, encryption. Without them the usual AWS environment
+            is asked.
+        read_only: refuse every write.
+
+    Raises:
+        StorageError: options that s3fs doesn't take.
+    """
+
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, read_only: bool = False) -> None:
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.capabilities = Capabilities(durability="power-cut", atomic_create=True, direct_io=False, kind="s3")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._client = S3Client(bucket, self._prefix, options)
+        self._read_only = read_only
+        self._closed = False
+
+    def list(self, prefix: str) -> list[Entry]:
+        """All objects under ``prefix``, sorted by key; see ``Storage.list``."""
+        self._check_opened()
+        path = self._prefix + check_prefix(prefix)
+
+        async def pages(call: Call) -> list[Entry]:
+            found: list[Entry] = []
+            more: dict[str, str] = {}
+            while True:
+                page = await call("list_objects_v2", Prefix=path, **more)
+                found += map(self._entry, page.get("Contents", []))
+                if not page.get("IsTruncated"):
+                    return found
+                more = {"ContinuationToken": page["NextContinuationToken"]}
+
+        return sorted(self._client.run(pages, "list", prefix))
+
+    def size(self, key: str) -> int:
+        """Size in bytes; see ``Storage.size``."""
+        return int(self._head(key)["ContentLength"])
+
+    def read(self, key: str, *, limit: int) -> bytes:
+        """The whole object; see ``Storage.read``."""
+        path = self._path(key)
+
+        async def get(call: Call) -> bytes:
+            answer = await call("get_object", Key=path)
+            size = int(answer["ContentLength"])
+            body = answer["Body"]
+            async with body:
+                if size > limit:
+                    raise FormatError(f"{self.url}/{key} has {size} bytes; at most {limit} are accepted here", key=key)
+                data: bytes = await body.read()
+            if len(data) != size:
+                raise Incomplete(f"{len(data)} of {size} bytes")
+            return data
+
+        return self._client.run(get, "read", key)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Put a small object unless the key is taken; see ``Storage.create``.
+
+        A try whose answer was lost may have been applied: each writes a random number beside the data, by which the
+        next one knows its own work.
+        """
+        path = self._path(key, writing=True)
+        nonce, unsure = secrets.token_hex(16), False
+
+        async def put(call: Call) -> None:
+            nonlocal unsure
+            try:
+                await call(
+                    "put_object", Key=path, Body=data, IfNoneMatch="*", Metadata={_NONCE: nonce}, **checksum(data)
+                )
+            except Exception as error:
+                if is_conflict(error) and unsure:
+                    found = await call("head_object", Key=path)
+                    if found.get("Metadata", {}).get(_NONCE) == nonce:
+                        return
+                unsure = unsure or may_be_applied(error)
+                raise
+
+        try:
+            self._client.run(put, "create", key)
+        except StorageError as error:
+            if unsure:
+                error.outcome = "unknown"
+            raise
+
+    def open_writer(self, key: str, *, size: int | None = None) -> S3Writer:
+        """Begin a large object; see ``Storage.open_writer``."""
+        path = self._path(key, writing=True)
+        try:
+            self._head(key)
+        except NotFoundError:
+            return S3Writer(self._client, path, key, size)
+        raise ExistsError(f"{self.url}/{key} exists already, and nothing is ever overwritten", key=key)
+
+    def open_reader(self, key: str) -> S3Reader:
+        """Open an object for reading; see ``Storage.open_reader``."""
+        head = self._head(key)
+        return S3Reader(self._client, self._path(key), key, int(head["ContentLength"]), head["ETag"])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; see ``Storage.delete``. A key that ends in "/" is no object here."""
+        names = [check_key(key.removesuffix("/")) for key in keys if not key.endswith("/") or check_prefix(key)]
+        self._check_writable()
+        paths = iter([self._prefix + name for name in names])
+        while batch := tuple(islice(paths, _DELETED_AT_ONCE)):
+            self._delete(batch)
+
+    def close(self) -> None:
+        """Release nothing that others don't share. Safe to call twice."""
+        self._closed = True
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        async def delete(call: Call) -> None:
+            wanted = {"Objects": [{"Key": path} for path in paths], "Quiet": True}
+            answer = await call("delete_objects", Delete=wanted)
+            for failed in answer.get("Errors", []):
+                if failed.get("Code") != "NoSuchKey":
+                    raise StorageError(
+                        f"{self.url}: {failed.get('Key')} can't be removed: {failed.get('Code')} "
+                        f"{failed.get('Message', '')}"
+                    )
+
+        self._client.run(delete, "delete", paths[0][len(self._prefix) :])
+
+    def _entry(self, listed: dict[str, Any]) -> Entry:
+        return Entry(listed["Key"][len(self._prefix) :], int(listed["Size"]), listed["LastModified"].timestamp())
+
+    def _head(self, key: str) -> dict[str, Any]:
+        path = self._path(key)
+        return self._client.run(lambda call: call("head_object", Key=path), "look at", key)
+
+    def _path(self, key: str, *, writing: bool = False) -> str:
+        check_key(key)
+        if writing:
+            self._check_writable()
+        self._check_opened()
+        return self._prefix + key
+
+    def _check_opened(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self.url} was closed")
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise StorageError(f"{self.url} was opened read-only; open it without read_only=True to write")
+        self._check_opened()
