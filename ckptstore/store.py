@@ -32,6 +32,7 @@ from ckptstore.errors import (
 )
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
+from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.verify import VerifyReport, verify
@@ -454,7 +455,7 @@ def open(
     read_only: bool = False,
     shared: bool = False,
     compression: str = "none",
-    pool_bytes: int = POOL_BYTES,
+    pool_bytes: int | None = None,
     max_staging: int | str | None = None,
     threads: int | None = None,
 ) -> Store:
@@ -467,10 +468,10 @@ def open(
         shared: let several processes save side by side; without it the newest to save owns the store.
         compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
             faster.
-        pool_bytes: memory for blocks in flight, in bytes.
+        pool_bytes: memory for blocks in flight, in bytes. None: 64 MiB, or 128 MiB where storage is far away.
         max_staging: most memory for copies of the state, as bytes or text like "2GB"; where it doesn't suffice, saves
             in the background keep their caller waiting. None: as much as the state takes.
-        threads: blocks worked on at a time; by default one more than there are cores.
+        threads: blocks worked on at a time; by default one more than there are cores, or 8 where storage is far away.
 
     Raises:
         StorageError: the place can't be used, or no such scheme.
@@ -479,18 +480,19 @@ def open(
     """
     if threads is not None and threads < 1:
         raise FormatError(f"threads={threads} must be at least 1")
-    if pool_bytes < 1:
+    if pool_bytes is not None and pool_bytes < 1:
         raise FormatError(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     storage = open_storage(url, read_only=read_only, options=storage_options)
+    in_flight = storage.capabilities.in_flight
     return Store(
         storage,
         read_only=read_only,
         shared=shared,
         compression=compression,
-        pool_bytes=pool_bytes,
-        threads=threads or default_threads(),
+        pool_bytes=pool_bytes or max(POOL_BYTES, (in_flight or 0) * BLOCK_BYTES),
+        threads=threads or in_flight or default_threads(),
         max_staging_bytes=max_staging_bytes,
     )

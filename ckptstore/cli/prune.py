@@ -42,9 +42,11 @@ def prune(url: str, grace: float, as_json: bool) -> None:
             "leftovers": list(report.leftovers),
             "spared": list(report.spared),
             "freed_bytes": report.freed_bytes,
+            "uploads": list(report.uploads),
         })  # fmt: skip
         return
     lines = [f"reclaimed {id}, which was deleted" for id in report.reclaimed]
     lines += [f"removed what a killed save left of {id}" for id in report.leftovers]
     lines += [f"left alone {id}: its save may still be running (see --grace)" for id in report.spared]
+    lines += [f"dropped the unfinished upload of {key}" for key in report.uploads]
     answer(*lines, f"freed {texts.size_text(report.freed_bytes)}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ckptstore.engine.catalogue import Catalogue
 from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, writers
+from ckptstore.errors import FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import StoreRecord
+from ckptstore.format.records import SMALL_LIMIT, StoreRecord
 from ckptstore.storage.base import Storage
+
+_log = logging.getLogger("ckptstore")
 
 
 class Claim:
@@ -53,4 +57,20 @@ class Claim:
             return store, numbers[-1]
         if self.number is not None:
             return store, self.number
+        self._try_out()
         return store, claim_writer(self._storage, store.store_id, above=highest.writer if highest else 0)
+
+    def _try_out(self) -> None:
+        """Learn what the storage can do. By each process that saves, as another server may answer now."""
+        try:
+            data = self._storage.read(layout.STORE, limit=SMALL_LIMIT)
+        except (NotFoundError, FormatError, IntegrityError):
+            return
+        self._storage.probe(layout.STORE, data)
+        if not self._storage.capabilities.exclusive_create:
+            _log.warning(
+                "%s doesn't refuse to create what exists (If-None-Match). Checkpoints there are whole and checked all "
+                "the same; but a run that was replaced may notice late, and prune leaves unfinished saves alone for "
+                "7 days. 'ckptstore doctor' tells what holds",
+                self._storage.url,
+            )

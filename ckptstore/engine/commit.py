@@ -91,11 +91,14 @@ def claim_writer(storage: Storage, store_id: str, *, above: int) -> int:
         record = WriterRecord(
             writer=number, store_id=store_id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
         )
+        key, data = layout.writer_key(number), seal(record)
         try:
-            storage.create(layout.writer_key(number), seal(record))
+            storage.create(key, data)
         except ExistsError:
             continue
-        return number
+        # Where two may have been told that they created it, the bytes tell whose it is: each has other ones.
+        if storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data:
+            return number
     raise StorageError(f"{storage.url}: another writer took every number tried in writers/")
 
 

@@ -14,10 +14,13 @@ from ckptstore.format.layout import CheckpointId
 from ckptstore.maintenance.keep import is_buried
 from ckptstore.maintenance.leftovers import find_leftovers
 from ckptstore.maintenance.lent import Lent, recorded_ids
-from ckptstore.storage.base import Entry, Storage
+from ckptstore.storage.base import Entry, Storage, is_key
 
 TOMBSTONE_S = 30 * 24 * 3600.0
 """How long tombstones and condemnations outlive their files: longer than any delayed request or sleeping process."""
+
+UNCERTAIN_GRACE_S = 7 * 24 * 3600.0
+"""Where a storage can't decide between a commit and a condemnation, only time can: longer than any save takes."""
 
 _SCANS = 20
 """How often the register is read until it shows the same twice in a row."""
@@ -33,12 +36,14 @@ class PruneReport:
             there once more when the last borrower is gone.
         spared: ids of unfinished saves that may still be running.
         freed_bytes: stored bytes removed.
+        uploads: keys of large objects whose upload was broken off, and whose parts were dropped.
     """
 
     leftovers: Sequence[str]
     reclaimed: Sequence[str]
     spared: Sequence[str]
     freed_bytes: int
+    uploads: Sequence[str]
 
 
 def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer: int | None) -> PruneReport:
@@ -57,14 +62,13 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     catalogue = _settled(storage, catalogue)
     leftovers, _ = find_leftovers(entries, catalogue, Lent(storage, catalogue))
     graves = {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
-    newest = max(writers(storage), default=0)
+    grace = _Grace.of(storage, now, grace_s, own_writer)
     removed, spared, freed = [], [], 0
     for leftover in leftovers:
         id, name = leftover.order, leftover.id or leftover.keys[0]
         # With a tombstone it was committed once: no save can be running, and its fate is decided.
         dead = id is not None and id in graves
-        stale = id is not None and (id.writer < newest or id.writer == own_writer)
-        if now - leftover.modified < grace_s and not dead and not stale:
+        if not dead and grace.covers(id, leftover.modified):
             spared.append(name)
         elif dead or _condemned(storage, catalogue, id):
             storage.delete(leftover.keys)
@@ -73,8 +77,47 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
                 reclaimed.add(id)
             else:
                 removed.append(name)
+    uploads = _drop_uploads(storage, catalogue, graves, grace)
     _forget(storage, catalogue, entries, now - TOMBSTONE_S)
-    return PruneReport(removed, [str(id) for id in sorted(reclaimed)], spared, freed)
+    return PruneReport(removed, [str(id) for id in sorted(reclaimed)], spared, freed, uploads)
+
+
+@dataclass(frozen=True)
+class _Grace:
+    """Whose unfinished work may still be going on."""
+
+    now: float
+    seconds: float
+    certain: bool
+    newest: int
+    own_writer: int | None
+
+    @classmethod
+    def of(cls, storage: Storage, now: float, grace_s: float, own_writer: int | None) -> _Grace:
+        certain = storage.capabilities.exclusive_create
+        seconds = grace_s if certain else max(grace_s, UNCERTAIN_GRACE_S)
+        return cls(now, seconds, certain, max(writers(storage), default=0), own_writer)
+
+    def covers(self, id: CheckpointId | None, modified: float) -> bool:
+        """Whether a save of ``id``, last seen to write at ``modified``, has to be waited for."""
+        stale = id is not None and (id.writer < self.newest or id.writer == self.own_writer)
+        return self.now - modified < self.seconds and not (stale and self.certain)
+
+
+def _drop_uploads(
+    storage: Storage, catalogue: Catalogue, graves: Set[CheckpointId | None], grace: _Grace
+) -> Sequence[str]:
+    """Have the storage forget the parts of objects that nobody will complete."""
+    decided = recorded_ids(catalogue) | graves
+    dropped = []
+    for upload in storage.uploads():
+        id, name = layout.folder_id(upload.key), upload.key.rpartition("/")[2]
+        # What belongs to a checkpoint that exists is a repair, which may be running.
+        over = id in decided and not name.startswith(layout.TEMPORARY)
+        if is_key(upload.key) and (over or not grace.covers(None if id in decided else id, upload.begun)):
+            dropped.append(upload)
+    storage.abort_uploads(dropped)
+    return [upload.key for upload in dropped]
 
 
 def _remove_records(

@@ -1,14 +1,14 @@
 """Bytes at keys: what every backend does, and how each call fails.
 
 A key is a relative path of names joined by "/". A name matches ``[A-Za-z0-9][A-Za-z0-9._-]*`` and has at
-most 200 characters, so that it means the same on every file system and object store. Nothing on storage is
-ever overwritten: an object appears whole, once, and disappears by ``delete``.
+most 200 characters, so that it means the same on every file system and object store. Nothing that is good is
+ever overwritten: an object appears whole, once, and disappears by ``delete``; ``replace`` is for damaged ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -27,6 +27,16 @@ class Entry(NamedTuple):
     size: int
     modified: float
     """Seconds since 1970 by the storage's clock. For people and for delaying deletion, never for order."""
+
+
+class Upload(NamedTuple):
+    """A large object that was begun and neither finished nor aborted, where the storage keeps such a thing."""
+
+    key: str
+    token: str
+    """By which the storage knows it."""
+    begun: float
+    """Seconds since 1970 by the storage's clock."""
 
 
 class Slot(NamedTuple):
@@ -49,6 +59,12 @@ class Capabilities:
     """True: aligned block transfers bypass the page cache."""
     kind: str
     """File system type or service, as ``ext4``, ``nfs4``, ``memory``."""
+    exclusive_create: bool = True
+    """False: of several who create one key at the same time more than one may be told that it did."""
+    checks_writes: bool = False
+    """True: what is damaged on its way to the storage is refused there, by a checksum that was sent along."""
+    in_flight: int | None = None
+    """How many blocks are worth moving at a time; None: one more than there are cores."""
 
 
 class ObjectWriter(Protocol):
@@ -158,6 +174,34 @@ class Storage(Protocol):
         Raises:
             StorageError: some may be gone, some not; calling again finishes the work.
         """
+
+    def replace(self, key: str, by: str) -> None:
+        """Put the object ``by``, of the same folder, in the place of ``key``, which is damaged or gone.
+
+        Whoever looks sees the one or the other. Durable on return; ``by`` is no more.
+
+        Raises:
+            NotFoundError: there is no ``by``.
+            StorageError: the one or the other is there.
+        """
+
+    def probe(self, key: str, data: bytes) -> None:
+        """Try at ``key``, which was created with ``data`` before, what this storage is able to do.
+
+        ``capabilities`` tell what was found. Leaves nothing behind, and the object as it is.
+
+        Raises:
+            StorageError: the backend failed, or can't do what nothing works without.
+        """
+
+    def uploads(self) -> Sequence[Upload]:
+        """Large objects that were begun and neither finished nor aborted, also those that are on their way now.
+
+        Empty where an interrupted write leaves nothing, or only what ``list`` shows.
+        """
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        """Drop what ``uploads`` have stored so far; those that are no more are no error."""
 
     def close(self) -> None:
         """Release what the storage holds open. Safe to call twice."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ckptstore.errors import FormatError, NotFoundError, StorageError
 from ckptstore.storage import posix
-from ckptstore.storage.base import ALIGNMENT, Capabilities, Entry, check_key, check_prefix, is_key
+from ckptstore.storage.base import ALIGNMENT, Capabilities, Entry, Upload, check_key, check_prefix, is_key
 from ckptstore.storage.localio import FileReader, FileWriter, OpenFile
 from ckptstore.storage.mounts import VOLATILE, bucket_url, filesystem_of, is_remote
 from ckptstore.storage.posix import Descriptor, open_at, open_regular, os_errors
@@ -162,6 +162,27 @@ class LocalStorage:
             with self._errors("delete in", folder), suppress(FileNotFoundError):
                 self._unlink(folder, names[folder])
                 self._remove_if_empty(folder)
+
+    def replace(self, key: str, by: str) -> None:
+        """Put ``by`` in the place of ``key``; see ``Storage.replace``."""
+        folder, name = _split(key)
+        other_folder, other = _split(by)
+        self._check_writable()
+        if folder != other_folder:
+            raise StorageError(f"{by} can't take the place of {key}: it lies in another folder", key=key)
+        with self._errors("replace", key), self._open_folder(folder) as parent:
+            os.rename(other, name, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+            self._sync(parent)
+
+    def probe(self, key: str, data: bytes) -> None:
+        """Nothing to be tried: what a file system can't do, it says when it is asked to; see ``Storage.probe``."""
+
+    def uploads(self) -> Sequence[Upload]:
+        """None: what killed writes leave is listed; see ``Storage.uploads``."""
+        return []
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        """Nothing to drop."""
 
     def close(self) -> None:
         """Release the folder. Safe to call twice."""

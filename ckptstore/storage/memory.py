@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StorageError
-from ckptstore.storage.base import Capabilities, Entry, Slot, check_key, check_prefix
+from ckptstore.storage.base import Capabilities, Entry, Slot, Upload, check_key, check_prefix
 
 
 class StoredObject(NamedTuple):
@@ -80,6 +80,23 @@ class MemoryStorage:
         objects = self._writable()
         for name in names:
             objects.pop(name, None)
+
+    def replace(self, key: str, by: str) -> None:
+        """Put ``by`` in the place of ``key``; see ``Storage.replace``."""
+        check_key(key)
+        objects, new = self._writable(), self._find(by)
+        objects[key] = new
+        objects.pop(by, None)
+
+    def probe(self, key: str, data: bytes) -> None:
+        """Nothing to be tried; see ``Storage.probe``."""
+
+    def uploads(self) -> Sequence[Upload]:
+        """None; see ``Storage.uploads``."""
+        return []
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        """Nothing to drop."""
 
     def close(self) -> None:
         """Release nothing: the objects stay for others that use the same name. Safe to call twice."""

@@ -127,7 +127,7 @@ def test_prune_collects_leftovers_after_the_grace(run: Run, url: str, ids: list[
     assert (report["spared"], report["leftovers"]) == ([UNFINISHED], [])
     assert "may still be running" in run("prune", url).stdout
     report = run("prune", url, "--grace", "0s", "--json").json
-    assert report == {"reclaimed": [], "leftovers": [UNFINISHED], "spared": [], "freed_bytes": 4}
+    assert report == {"reclaimed": [], "leftovers": [UNFINISHED], "spared": [], "freed_bytes": 4, "uploads": []}
     assert not left.exists()
     assert remaining(url) == ids
 

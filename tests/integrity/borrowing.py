@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from ckptstore.errors import NotFoundError
 from ckptstore.format.layout import parse_id
 from ckptstore.format.records import CommitRecord
 from ckptstore.maintenance import keep
-from ckptstore.storage.base import Entry, ObjectReader, Storage
+from ckptstore.storage.base import Entry, ObjectReader, Storage, Upload
 from ckptstore.store import Store
 from tests.integrity.stores import Forge, Raw, Tensors, opened, read, save, state
 
@@ -122,6 +122,19 @@ class Interrupted:
         for key in keys:
             self.step()
             self.inner.delete([key])
+
+    def replace(self, key: str, by: str) -> None:
+        self.step()
+        self.inner.replace(key, by)
+
+    def probe(self, key: str, data: bytes) -> None:
+        self.inner.probe(key, data)
+
+    def uploads(self) -> Sequence[Upload]:
+        return self.inner.uploads()
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        self.inner.abort_uploads(uploads)
 
     def close(self) -> None:
         self.inner.close()

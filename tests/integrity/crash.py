@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from ckptstore.storage.base import Entry, ObjectReader, ObjectWriter, Slot, Storage
+from ckptstore.storage.base import Entry, ObjectReader, ObjectWriter, Slot, Storage, Upload
 
 T = TypeVar("T")
 
@@ -65,6 +65,21 @@ class CrashingStorage:
         # One by one: a crash may come between any two.
         for key in keys:
             self.change(lambda key=key: self.inner.delete([key]))  # type: ignore[misc]
+
+    def replace(self, key: str, by: str) -> None:
+        self.change(lambda: self.inner.replace(key, by))
+
+    def probe(self, key: str, data: bytes) -> None:
+        self.check()
+        self.inner.probe(key, data)
+
+    def uploads(self) -> Sequence[Upload]:
+        self.check()
+        return self.inner.uploads()
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        self.check()
+        self.inner.abort_uploads(uploads)
 
     def close(self) -> None:
         self.inner.close()

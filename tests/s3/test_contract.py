@@ -58,3 +58,22 @@ class TestS3(StorageContract):
             change()
             with pytest.raises(IntegrityError, match="while it was read"):
                 reader.read_into(0, memoryview(bytearray(5000)))
+
+    def test_the_server_s_abilities_are_found_out(self, storage: Storage) -> None:
+        """This one refuses what exists; what it does with a wrong checksum it is asked, too."""
+        storage.create("store.json", b"x" * 300)
+
+        storage.probe("store.json", b"x" * 300)
+
+        assert storage.capabilities.exclusive_create
+        assert storage.capabilities.checks_writes
+
+    def test_unfinished_uploads_are_listed(self, storage: Storage) -> None:
+        piece = memoryview(bytes(6 << 20))
+        writer = storage.open_writer("checkpoints/a/x.blocks")
+        for _ in range(2):
+            writer.write(writer.reserve(len(piece)), piece)
+
+        assert [upload.key for upload in storage.uploads()] == ["checkpoints/a/x.blocks"]
+        writer.abort()
+        assert storage.uploads() == []

@@ -348,6 +348,57 @@ class StorageContract:
         assert failures == []
         assert storage.list("") == []
 
+    # --- repairing, and finding out ---
+
+    def test_replace_puts_the_one_in_the_place_of_the_other(self, storage: Storage, raw: Raw) -> None:
+        raw.put("a/x", b"bad")
+        raw.put("a/tmp-heal", b"good bytes")
+
+        storage.replace("a/x", by="a/tmp-heal")
+
+        assert raw.get("a/x") == b"good bytes"
+        assert raw.keys() == ["a/x"]
+
+    def test_replace_puts_back_what_is_gone(self, storage: Storage, raw: Raw) -> None:
+        raw.put("a/tmp-heal", b"good")
+
+        storage.replace("a/x", by="a/tmp-heal")
+
+        assert raw.get("a/x") == b"good"
+        assert raw.keys() == ["a/x"]
+
+    def test_replace_by_nothing_changes_nothing(self, storage: Storage, raw: Raw) -> None:
+        raw.put("a/x", b"bad")
+
+        with pytest.raises(NotFoundError):
+            storage.replace("a/x", by="a/none")
+        assert raw.get("a/x") == b"bad"
+
+    def test_probing_leaves_everything_as_it_was(self, storage: Storage, raw: Raw) -> None:
+        storage.create("store.json", b"some bytes of a record" * 20)
+
+        storage.probe("store.json", b"some bytes of a record" * 20)
+
+        assert raw.get("store.json") == b"some bytes of a record" * 20
+        assert raw.keys() == ["store.json"]
+        assert storage.capabilities.exclusive_create
+
+    def test_uploads_that_are_broken_off_can_be_dropped(self, storage: Storage, raw: Raw) -> None:
+        """Where they leave something that no listing shows; where not, there is nothing to drop."""
+        piece = bytes(6 << 20)
+        writer = storage.open_writer("a/x")
+        for _ in range(2):
+            writer.write(writer.reserve(len(piece)), memoryview(piece))
+
+        found = storage.uploads()
+        storage.abort_uploads(found)
+
+        assert {upload.key for upload in found} <= {"a/x"}
+        assert storage.uploads() == []
+        storage.abort_uploads(found)
+        writer.abort()
+        assert raw.keys() == []
+
     # --- opening and closing ---
 
     def test_read_only_reads_and_refuses_to_write(

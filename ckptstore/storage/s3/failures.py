@@ -71,9 +71,16 @@ def is_conflict(error: BaseException) -> bool:
     return status_of(error) == 412
 
 
+def is_unsupported(error: BaseException | None) -> bool:
+    """Whether the server says that it doesn't know what it was asked for."""
+    return error is not None and (status_of(error) == 501 or code_of(error) == "NotImplemented")
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, CheckpointError):
+        return False
+    if is_unsupported(error):
         return False
     if isinstance(error, boto.ClientError):
         return status_of(error) in _BUSY or code_of(error) in _RETRIED_CODES

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace as changed
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StorageError
-from ckptstore.storage.base import Capabilities, Entry, check_key, check_prefix
+from ckptstore.storage.base import Capabilities, Entry, Upload, check_key, check_prefix
 from ckptstore.storage.s3.client import Call, S3Client
 from ckptstore.storage.s3.download import S3Reader
-from ckptstore.storage.s3.failures import Incomplete, is_conflict, may_be_applied
+from ckptstore.storage.s3.failures import Incomplete, is_conflict, is_missing, is_unsupported, may_be_applied
+from ckptstore.storage.s3.move import copy_within
+from ckptstore.storage.s3.probe import Findings, probe
 from ckptstore.storage.s3.upload import S3Writer, checksum
 
 _NONCE = "ckptstore-nonce"
 _DELETED_AT_ONCE = 1000
+_IN_FLIGHT = 8
 
 
 class S3Storage:
@@ -34,7 +40,9 @@ class S3Storage:
 
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, read_only: bool = False) -> None:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.capabilities = Capabilities(durability="power-cut", atomic_create=True, direct_io=False, kind="s3")
+        self.capabilities = Capabilities(
+            durability="power-cut", atomic_create=True, direct_io=False, kind="s3", in_flight=_IN_FLIGHT
+        )
         self._prefix = f"{prefix}/" if prefix else ""
         self._client = S3Client(bucket, self._prefix, options)
         self._read_only = read_only
@@ -87,13 +95,15 @@ class S3Storage:
         """
         path = self._path(key, writing=True)
         nonce, unsure = secrets.token_hex(16), False
+        fields = {"Key": path, "Body": data, "Metadata": {_NONCE: nonce}, **checksum(data)}
 
         async def put(call: Call) -> None:
             nonlocal unsure
             try:
-                await call(
-                    "put_object", Key=path, Body=data, IfNoneMatch="*", Metadata={_NONCE: nonce}, **checksum(data)
-                )
+                if self.capabilities.exclusive_create:
+                    await call("put_object", IfNoneMatch="*", **fields)
+                else:
+                    await self._put_unless_seen(call, fields, nonce if unsure else "")
             except Exception as error:
                 if is_conflict(error) and unsure:
                     found = await call("head_object", Key=path)
@@ -105,6 +115,10 @@ class S3Storage:
         try:
             self._client.run(put, "create", key)
         except StorageError as error:
+            if self.capabilities.exclusive_create and is_unsupported(error.__cause__):
+                self.capabilities = changed(self.capabilities, exclusive_create=False)
+                self.create(key, data)
+                return
             if unsure:
                 error.outcome = "unknown"
             raise
@@ -131,9 +145,61 @@ class S3Storage:
         while batch := tuple(islice(paths, _DELETED_AT_ONCE)):
             self._delete(batch)
 
+    def replace(self, key: str, by: str) -> None:
+        """Put ``by`` in the place of ``key``, copied by the server; see ``Storage.replace``."""
+        target, source = self._path(key, writing=True), self._path(by)
+        copy_within(self._client, source, target, int(self._head(by)["ContentLength"]), key)
+        self._delete([source])
+
+    def probe(self, key: str, data: bytes) -> None:
+        """Try conditions, checksums, ranges and reading back; see ``Storage.probe``."""
+        found: Findings = probe(self._client, self._path(key, writing=True), key, data)
+        self.capabilities = changed(
+            self.capabilities, exclusive_create=found.exclusive_create, checks_writes=found.checks_writes
+        )
+
+    def uploads(self) -> Sequence[Upload]:
+        """Multipart uploads that are not complete; see ``Storage.uploads``."""
+        self._check_opened()
+
+        async def pages(call: Call) -> list[Upload]:
+            found: list[Upload] = []
+            more: dict[str, str] = {}
+            while True:
+                page = await call("list_multipart_uploads", Prefix=self._prefix, **more)
+                for item in page.get("Uploads", []):
+                    key = item["Key"][len(self._prefix) :]
+                    found.append(Upload(key, item["UploadId"], item["Initiated"].timestamp()))
+                if not page.get("IsTruncated"):
+                    return found
+                more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+        return sorted(self._client.run(pages, "list uploads below", ""))
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        """Drop the parts that were sent; see ``Storage.abort_uploads``."""
+        self._check_writable()
+        for upload in uploads:
+            path = self._path(upload.key, writing=True)
+            with suppress(NotFoundError):
+                self._client.run(partial(_abort, path=path, token=upload.token), "abort the upload of", upload.key)
+
     def close(self) -> None:
         """Release nothing that others don't share. Safe to call twice."""
         self._closed = True
+
+    async def _put_unless_seen(self, call: Call, fields: Mapping[str, Any], own_nonce: str) -> None:
+        """What can be done where the server knows no conditions: look, then put. Another may come in between."""
+        try:
+            found = await call("head_object", Key=fields["Key"])
+        except Exception as error:
+            if not is_missing(error):
+                raise
+            await call("put_object", **fields)
+            return
+        if not own_nonce or found.get("Metadata", {}).get(_NONCE) != own_nonce:
+            key = fields["Key"][len(self._prefix) :]
+            raise ExistsError(f"{self.url}/{key} exists already, and nothing is ever overwritten", key=key)
 
     def _delete(self, paths: Sequence[str]) -> None:
         async def delete(call: Call) -> None:
@@ -170,3 +236,7 @@ class S3Storage:
         if self._read_only:
             raise StorageError(f"{self.url} was opened read-only; open it without read_only=True to write")
         self._check_opened()
+
+
+async def _abort(call: Call, *, path: str, token: str) -> None:
+    await call("abort_multipart_upload", Key=path, UploadId=token)
