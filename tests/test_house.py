@@ -23,6 +23,7 @@ ROWS = [
     {"storage", "format", "state"},
     {"engine", "policy"},
     {"maintenance"},
+    {"view"},
     {"store"},
     {"config", "trainer", "tools"},
     {"integrations", "cli"},
