@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, overload
 
 from ckptstore.engine.background import SaveHandle
+from ckptstore.engine.backups import Backups
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool, StagingArea
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.collector import collector_paused
@@ -16,11 +17,12 @@ from ckptstore.engine.compressor import Compressor
 from ckptstore.engine.dispatcher import Dispatcher
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
-from ckptstore.engine.saver import Tools
+from ckptstore.engine.saver import Durable, Tools
 from ckptstore.engine.workers import Progress, cores, default_threads
 from ckptstore.errors import (
     CheckpointError,
     FormatError,
+    NotFoundError,
     StaleWriterError,
     StateError,
     StorageError,
@@ -30,12 +32,14 @@ from ckptstore.format.codecs import parse_compression
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.prune import PruneReport, prune
+from ckptstore.maintenance.replicate import Replicator
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
 from ckptstore.units import size_bytes
 from ckptstore.view import View
 
 SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
+Place: TypeAlias = str | os.PathLike[str]
 
 
 class Store(View):
@@ -44,7 +48,9 @@ class Store(View):
     def __init__(
         self,
         storage: Storage,
+        backups: Sequence[Storage] = (),
         *,
+        durable: Durable,
         read_only: bool,
         shared: bool,
         compression: str,
@@ -59,9 +65,16 @@ class Store(View):
             threads,
             Compressor(parse_compression(compression), min(threads, cores())),
         )
-        super().__init__(tools, Finder(storage, read_only=read_only), read_only=read_only)
+        super().__init__(tools, Finder(storage, Backups(backups), read_only=read_only), read_only=read_only)
         self._shared = shared
-        self._dispatcher = Dispatcher(tools, self._finder, shared=shared, check_writable=self._check_writable)
+        self._durable = durable
+        self._dispatcher = Dispatcher(
+            tools, self._finder, shared=shared, check_writable=self._check_writable, committed=self._committed
+        )
+        self._replicators = [
+            Replicator(storage, self._finder, backup, self._carrier, lambda: self._dispatcher.claim.right)
+            for backup in self._finder.backups.all
+        ]
         self._pid = os.getpid()
         self._closed = False
 
@@ -80,9 +93,10 @@ class Store(View):
             error.add_note(f"besides, a save in the background failed: {failed}")
 
     def close(self) -> None:
-        """Wait for the save in the background, and release what the store holds open. Safe to call twice.
+        """Wait for the save in the background and for copies to backups, and release what the store holds open.
 
-        Where a signal interrupts the waiting, the save goes on, and Python waits for it at its end.
+        Copying ends where a backup can't be reached; the next run goes on with it. Safe to call twice. Where a signal
+        interrupts the waiting, the save goes on, and Python waits for it at its end.
 
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: that save failed, and nobody has been told.
@@ -92,10 +106,27 @@ class Store(View):
             if here:
                 self._dispatcher.background.settle()
         finally:
+            if here:
+                self._end_copies()
             self._closed = True
             if not here or not self._dispatcher.background.busy():
                 self._tools.area.clear()
-                self._storage.close()
+                for storage in (self._storage, *self._finder.backups.storages):
+                    storage.close()
+
+    def _end_copies(self) -> None:
+        # All at once: they wait for different servers.
+        for replicator in self._replicators:
+            replicator.end()
+        for replicator in self._replicators:
+            replicator.join()
+
+    def _committed(self, checkpoint: Checkpoint, durable: Durable) -> None:
+        """Have the backups copy ``checkpoint``, and wait for them where that is wanted."""
+        for replicator in self._replicators:
+            replicator.wake()
+        for replicator in self._replicators if durable == "backup" else ():
+            replicator.wait_for(checkpoint.id)
 
     # -- saving ------------------------------------------------------------------------------------------
 
@@ -110,6 +141,7 @@ class Store(View):
         modes: Mapping[str, Literal["min", "max"]] | None = ...,
         reasons: Iterable[str] = ...,
         mode: Literal["sync"] = ...,
+        durable: Durable | None = ...,
         progress: Progress | None = ...,
     ) -> Checkpoint: ...
 
@@ -125,6 +157,7 @@ class Store(View):
         reasons: Iterable[str] = ...,
         mode: Literal["async", "overlapped"],
         when_busy: Literal["wait"] = ...,
+        durable: Durable | None = ...,
         progress: Progress | None = ...,
     ) -> SaveHandle: ...
 
@@ -140,6 +173,7 @@ class Store(View):
         reasons: Iterable[str] = ...,
         mode: SaveMode = ...,
         when_busy: Literal["wait", "skip"],
+        durable: Durable | None = ...,
         progress: Progress | None = ...,
     ) -> Checkpoint | SaveHandle | None: ...
 
@@ -154,6 +188,7 @@ class Store(View):
         reasons: Iterable[str] = (),
         mode: SaveMode = "sync",
         when_busy: Literal["wait", "skip"] = "wait",
+        durable: Durable | None = None,
         progress: Progress | None = None,
     ) -> Checkpoint | SaveHandle | None:
         """Save ``state`` as a new checkpoint, the ``latest`` as soon as it is durable and read back.
@@ -170,6 +205,8 @@ class Store(View):
                 the background. "overlapped" copies only what may change before the next step of the state's optimizers
                 (see ``fence``), and reads the rest while the next forward and backward pass runs.
             when_busy: what to do while a save in the background runs: "wait" for its end, or "skip" this one.
+            durable: when it is done: as soon as it is durable here ("primary"), or in every backup, too ("backup").
+                None: as the store was opened.
             progress: called with (bytes done, bytes in all), from any thread.
 
         Returns:
@@ -181,6 +218,8 @@ class Store(View):
                 in the background before this one failed, and nobody was told; this one wasn't begun then.
             CommitUnknownError: may be saved; ``resolve(error.id)`` settles it.
             StaleWriterError: a newer run has opened this store for writing.
+            UnavailableError: with ``durable="backup"``: it is saved here, and a backup couldn't be reached; it will be
+                copied there later.
         """
         began = time.perf_counter()
         if mode not in ("sync", "async", "overlapped") or when_busy not in ("wait", "skip"):
@@ -189,6 +228,8 @@ class Store(View):
                 "'skip'",
                 path="mode",
             )
+        durable = durable or self._durable
+        _check_durable(durable, bool(self._replicators))
         facts = Facts.of(step, epoch, metrics or {}, modes or {}, reasons)
         self._check_writable()
         if when_busy == "skip" and self._dispatcher.background.busy():
@@ -199,8 +240,8 @@ class Store(View):
         with collector_paused():
             captured = capture(state)
         if mode == "sync":
-            return self._dispatcher.save(captured, facts, progress)
-        return self._dispatcher.save_behind(captured, facts, progress, mode=mode, began=began)
+            return self._dispatcher.save(captured, facts, durable, progress)
+        return self._dispatcher.save_behind(captured, facts, durable, progress, mode=mode, began=began)
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -274,9 +315,12 @@ class Store(View):
 
 
 def open(
-    url: str | os.PathLike[str],
+    url: Place,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    backup: Place | Sequence[Place] = (),
+    backup_options: Mapping[str, Any] | None = None,
+    durable: Durable = "primary",
     read_only: bool = False,
     shared: bool = False,
     compression: str = "none",
@@ -289,6 +333,10 @@ def open(
     Args:
         url: a path, ``file:///path``, ``memory://name`` or ``s3://bucket/prefix``.
         storage_options: for s3, those of ``s3fs.S3FileSystem``. None: from the usual AWS environment.
+        backup: one or more places, as ``url``, to which every checkpoint is copied in the background, in order. What is
+            damaged or lost at ``url`` is taken from there. A backup belongs to one store.
+        backup_options: for the backups, as ``storage_options``.
+        durable: when a save is done: as soon as it is durable at ``url`` ("primary"), or in every backup ("backup").
         read_only: for people who only look: every change is refused, and a missing store is an error.
         shared: let several processes save side by side; without it the newest to save owns the store.
         compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
@@ -310,10 +358,14 @@ def open(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
-    storage = open_storage(url, read_only=read_only, options=storage_options)
+    _check_durable(durable, bool(backup))
+    places = [backup] if isinstance(backup, str | os.PathLike) else list(backup)
+    storage, backups = _opened(url, storage_options, places, backup_options, read_only)
     in_flight = storage.capabilities.in_flight
     return Store(
         storage,
+        backups,
+        durable=durable,
         read_only=read_only,
         shared=shared,
         compression=compression,
@@ -321,3 +373,32 @@ def open(
         threads=threads or in_flight or default_threads(),
         max_staging_bytes=max_staging_bytes,
     )
+
+
+def _opened(
+    url: Place,
+    options: Mapping[str, Any] | None,
+    backups: Sequence[Place],
+    backup_options: Mapping[str, Any] | None,
+    read_only: bool,
+) -> tuple[Storage, list[Storage]]:
+    others = [open_storage(place, read_only=read_only, options=backup_options) for place in backups]
+    try:
+        storage = open_storage(url, read_only=read_only, options=options)
+    except NotFoundError:
+        if not others:
+            raise
+        # Lost altogether, and only to be looked at: then there is nothing to be brought back to.
+        storage = others.pop(0)
+    places = [it.url for it in (storage, *others)]
+    for place in places:
+        if places.count(place) > 1:
+            raise FormatError(f"{place} is given twice: a backup must lie in another place")
+    return storage, others
+
+
+def _check_durable(durable: str, has_backup: bool) -> None:
+    if durable not in ("primary", "backup"):
+        raise FormatError(f"durable={durable!r} must be 'primary' or 'backup'")
+    if durable == "backup" and not has_backup:
+        raise FormatError("durable='backup' needs a store that was opened with backup=URL")

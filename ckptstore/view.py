@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, overload
 
+from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
-from ckptstore.engine.damage import FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
+from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.reader import Contents, read_contents
+from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, StateError
 from ckptstore.maintenance import keep
-from ckptstore.maintenance.verify import VerifyReport, verify
+from ckptstore.maintenance.repair import Repairer
+from ckptstore.maintenance.replicate import Replicator
+from ckptstore.maintenance.transfer import Carrier
+from ckptstore.maintenance.verify import VerifyReport, prove, verify
+from ckptstore.storage.base import Storage
+
+_CARRIERS = 4
+"""Blocks that are copied to a backup at a time."""
 
 
 class View:
@@ -24,6 +34,9 @@ class View:
     def __init__(self, tools: Tools, finder: Finder, *, read_only: bool) -> None:
         self._tools, self._finder, self._read_only = tools, finder, read_only
         self._storage = tools.storage
+        # Apart from the pool of saves and loads, which never wait for copies.
+        self._carrier = Carrier(BufferPool(POOL_BYTES), _CARRIERS)
+        self._replicators: list[Replicator] = []
 
     @property
     def url(self) -> str:
@@ -42,7 +55,7 @@ class View:
             NotFoundError: opened read-only, and there is no store.
             StorageError: the storage can't be read completely; never taken for "empty".
         """
-        catalogue = self._finder.scan()
+        catalogue = self._finder.view()
         warn_damaged(catalogue.damaged)
         return list(catalogue.checkpoints)
 
@@ -55,7 +68,7 @@ class View:
             NotFoundError: no store, or no such checkpoint.
             FormatError: no selector, or an ambiguous one.
         """
-        return self._finder.select(self._finder.scan(), selector)
+        return self._finder.select(self._finder.view(), selector)
 
     # -- loading -----------------------------------------------------------------------------------------
 
@@ -107,7 +120,7 @@ class View:
         """
         if isinstance(only, str):
             raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
-        catalogue = self._finder.scan()
+        catalogue = self._finder.view()
         first = self._finder.select(catalogue, selector)
         skipped: dict[str, CheckpointError] = {}
         if selector == "latest":
@@ -118,14 +131,14 @@ class View:
 
             # Loading writes to memory directly, unseen by hooks and version counters.
             fence_all()
-        loader = Loader(self._storage, self._tools.pool, self._tools.threads, progress)
         for checkpoint in candidates:
             try:
-                if into is None:
-                    return loader.plain(checkpoint, only)
-                return loader.into(checkpoint, into, only, strict, skipped)
+                with self._loading(checkpoint, progress) as loader:
+                    if into is None:
+                        return loader.plain(checkpoint, only)
+                    return loader.into(checkpoint, into, only, strict, skipped)
             except (IntegrityError, FormatError) as error:
-                if keep.is_buried(self._storage, checkpoint):
+                if keep.is_buried(self._finder.home(checkpoint), checkpoint):
                     # No damage: it was deleted while it was read, and the selector may mean another one now.
                     return self.load(selector, into=into, only=only, strict=strict, progress=progress)
                 if selector != "latest":
@@ -136,13 +149,47 @@ class View:
                 warnings.warn(message, FallbackWarning, stacklevel=2)
         raise all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
 
+    @contextmanager
+    def _loading(self, checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Loader]:
+        """A loader that has the backups at hand. What it found damaged is repaired when it is done."""
+        home, backups = self._finder.home(checkpoint), self._finder.backups
+        if not backups:
+            yield Loader(home, self._tools.pool, self._tools.threads, progress)
+            return
+        others = [other for other in (self._storage, *backups.storages) if other is not home]
+        with closing(Rescuer(others)) as rescuer:
+            yield Loader(home, self._tools.pool, self._tools.threads, progress, rescuer)
+        if rescuer.met:
+            self._repair(home, rescuer)
+        if home is not self._storage and not self._read_only:
+            self._bring_back(checkpoint, home)
+
+    def _repair(self, home: Storage, rescuer: Rescuer) -> None:
+        first, more = rescuer.met[0], len(rescuer.met) - 1
+        told = f"{first.problem}{f', and {more} more' if more else ''}; the good bytes came from a backup"
+        if self._read_only:
+            warnings.warn(f"{told}. Nothing was repaired: opened read-only", DamageWarning, stacklevel=5)
+            return
+        failures = Repairer(home, rescuer.others, self._carrier).noted(rescuer)
+        how = f"repairing it failed: {failures[0]}" if failures else "it is repaired"
+        warnings.warn(f"{told}, and {how}", DamageWarning, stacklevel=5)
+
+    def _bring_back(self, checkpoint: Checkpoint, home: Storage) -> None:
+        """Have the primary hold what was loaded; all that there is, where it has lost everything."""
+        found = self._finder.view()
+        missed = [c for c in reversed(found.checkpoints) if found.elsewhere.get(c.id) is home]
+        lost_all = len(missed) == len(found.checkpoints)
+        for replicator in self._replicators:
+            if replicator.storage is home:
+                replicator.bring_back(missed if lost_all else [checkpoint])
+
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """What ``checkpoint`` holds: its files, tensors and tree, proven against its commit record.
 
         Raises:
             IntegrityError, FormatError: manifest or part is damaged or malformed.
         """
-        return read_contents(self._storage, checkpoint.record)
+        return read_contents(self._finder.home(checkpoint), checkpoint.record)
 
     # -- proving -----------------------------------------------------------------------------------------
 
@@ -151,19 +198,29 @@ class View:
         selector: str | None = None,
         *,
         sample: float = 1.0,
+        repair: bool = False,
         progress: Progress | None = None,
     ) -> VerifyReport:
         """Read every byte of every checkpoint (or of the one selected) and report all damage.
 
+        Only what lies at ``url`` is read; backups are stores of their own, to be verified by themselves.
+
         Args:
             selector: one checkpoint only.
             sample: share of the blocks to read, 0 to 1, chosen at random; records are always read.
+            repair: replace what is damaged by what the backups have, and read what was damaged once more.
 
         Raises:
             StorageError: the storage can't be read; that is no damage.
         """
         if type(sample) not in (int, float) or not 0 < sample <= 1:
             raise FormatError(f"sample={sample!r} must be a number over 0 and at most 1 (1 = every block)")
+        if repair and (self._read_only or not self._finder.backups):
+            raise FormatError("repair=True needs a store that is open for writing, with a backup=URL to repair it from")
+        report = self._verify(selector, sample, progress)
+        return self._verify_again(selector, sample, report) if repair and not report.ok else report
+
+    def _verify(self, selector: str | None, sample: float, progress: Progress | None) -> VerifyReport:
         # Listed before the commits are: a save that ends in between is committed, not unfinished.
         entries = self._storage.list("") if selector is None else None
         catalogue = self._finder.scan(afresh=True)
@@ -181,9 +238,26 @@ class View:
             progress=progress,
         )
 
+    def _verify_again(self, selector: str | None, sample: float, report: VerifyReport) -> VerifyReport:
+        """Repair what ``report`` found, and see what is left of it."""
+        backups = self._finder.backups
+        repairer = Repairer(self._storage, backups.storages, self._carrier)
+        store = self._finder.store_record() or backups.store_record()
+        repairer.records(report.records, store.store_id if store else None)
+        bad = [one.checkpoint for one in report.checkpoints if not one.ok]
+        with closing(Rescuer(backups.storages)) as rescuer:
+            prove(self._storage, bad, rescuer, pool=self._tools.pool, threads=self._tools.threads)
+        repairer.noted(rescuer)
+        if report.records:
+            again = self._verify(selector, sample, None)
+        else:
+            proven = prove(self._storage, bad, None, pool=self._tools.pool, threads=self._tools.threads)
+            again = report.with_checkpoints(proven)
+        return again.after(report)
+
     def catalogue(self) -> Catalogue:
         """All that the register says: existing, deleted, condemned and damaged, without warnings."""
-        return self._finder.scan()
+        return self._finder.view()
 
     def deleted(self) -> list[Checkpoint]:
         """Checkpoints in the trash that ``undelete`` can bring back, oldest first."""

@@ -119,6 +119,10 @@ class Catalogue:
     """Records in commits/ that can't be read; what they committed is neither there nor gone."""
     highest: CheckpointId | None
     """The highest id in commits/, of whatever kind."""
+    graves: frozenset[CheckpointId] = frozenset()
+    """Every id that has a tombstone."""
+    elsewhere: Mapping[str, Storage] = field(default_factory=dict)
+    """Where those of ``checkpoints`` lie, by id, that are only in a backup."""
 
     @property
     def store_id(self) -> str | None:
@@ -173,7 +177,8 @@ def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
             damaged.append(Damage(entry.key, f"{error}. {way_out}", id=str(id)))
     live.sort(key=lambda c: c.order)
     buried.sort(key=lambda c: c.order)
-    return Catalogue(live, buried, frozenset(condemned), damaged, max(ids, default=None))
+    known = frozenset(filter(None, graves))
+    return Catalogue(live, buried, frozenset(condemned), damaged, max(ids, default=None), known)
 
 
 def _fate(storage: Storage, entry: Entry, cache: Cache) -> CommitRecord | None:

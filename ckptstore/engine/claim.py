@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
+from ckptstore.engine.backups import Backups
 from ckptstore.engine.catalogue import Catalogue
-from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, writers
-from ckptstore.errors import FormatError, IntegrityError, NotFoundError
+from ckptstore.engine.commit import check_fence, claim_writer, ensure_store, try_out, writers
+from ckptstore.errors import StorageError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
-from ckptstore.format.records import SMALL_LIMIT, StoreRecord
+from ckptstore.format.records import StoreRecord
 from ckptstore.storage.base import Storage
 
-_log = logging.getLogger("ckptstore")
+_ROUNDS = 100
 
 
 class Claim:
@@ -23,12 +23,19 @@ class Claim:
         number: the writer's number, or None before the first save.
     """
 
-    def __init__(self, storage: Storage, *, shared: bool) -> None:
+    def __init__(self, storage: Storage, backups: Backups, *, shared: bool) -> None:
         self.number: int | None = None
-        self._storage = storage
+        self._storage, self._backups = storage, backups
         self._shared = shared
         self._sequence = 0
         self._store: StoreRecord | None = None
+
+    @property
+    def right(self) -> tuple[StoreRecord, int | None] | None:
+        """The store and this writer's number, None in it where several processes share it; None before a save."""
+        if self._store is None or self.number is None:
+            return None
+        return self._store, None if self._shared else self.number
 
     def next_id(self, step: int, scan: Callable[[], Catalogue]) -> tuple[StoreRecord, CheckpointId]:
         """The store and the id of the next save; ``scan`` tells what is there already.
@@ -46,9 +53,10 @@ class Claim:
         """Nothing, as long as no newer writer has claimed the store (StaleWriterError)."""
         if not self._shared and self.number is not None:
             check_fence(self._storage, self.number)
+            self._backups.check_fence(self.number)
 
     def _take(self, catalogue: Catalogue) -> tuple[StoreRecord, int]:
-        store = ensure_store(self._storage, known_id=catalogue.store_id)
+        store = ensure_store(self._storage, known_id=catalogue.store_id, like=self._backups.store_record())
         highest = catalogue.highest
         self._sequence = max(self._sequence, highest.seq if highest else 0)
         numbers = writers(self._storage) if self._shared else []
@@ -57,20 +65,10 @@ class Claim:
             return store, numbers[-1]
         if self.number is not None:
             return store, self.number
-        self._try_out()
-        return store, claim_writer(self._storage, store.store_id, above=highest.writer if highest else 0)
-
-    def _try_out(self) -> None:
-        """Learn what the storage can do. By each process that saves, as another server may answer now."""
-        try:
-            data = self._storage.read(layout.STORE, limit=SMALL_LIMIT)
-        except (NotFoundError, FormatError, IntegrityError):
-            return
-        self._storage.probe(layout.STORE, data)
-        if not self._storage.capabilities.exclusive_create:
-            _log.warning(
-                "%s doesn't refuse to create what exists (If-None-Match). Checkpoints there are whole and checked all "
-                "the same; but a run that was replaced may notice late, and prune leaves unfinished saves alone for "
-                "7 days. 'ckptstore doctor' tells what holds",
-                self._storage.url,
-            )
+        try_out(self._storage)
+        above = max(self._backups.highest_writer(), highest.writer if highest else 0)
+        for _ in range(_ROUNDS):
+            above = claim_writer(self._storage, store.store_id, above=above)
+            if self._shared or self._backups.claim(store, above):
+                return store, above
+        raise StorageError(f"{self._storage.url}: other writers took every number tried in the backups")

@@ -6,6 +6,7 @@ unfinished one creates the same key as "condemned". One register, one winner, no
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ from ckptstore import __version__
 from ckptstore.errors import (
     CommitUnknownError,
     ExistsError,
+    FormatError,
     IntegrityError,
     NotFoundError,
     SaveFailedError,
@@ -36,6 +38,8 @@ from ckptstore.format.records import (
 )
 from ckptstore.storage.base import Storage
 
+_log = logging.getLogger("ckptstore")
+
 _CLAIM_ROUNDS = 1000
 
 
@@ -49,13 +53,15 @@ def read_store(storage: Storage) -> StoreRecord:
     return unseal(storage.read(layout.STORE, limit=SMALL_LIMIT), layout.STORE, [StoreRecord])
 
 
-def ensure_store(storage: Storage, *, known_id: str | None = None) -> StoreRecord:
+def ensure_store(storage: Storage, *, known_id: str | None = None, like: StoreRecord | None = None) -> StoreRecord:
     """``store.json``, created if missing; ``known_id`` is the store's id where its commits still tell it.
+
+    ``like`` is the same store's record in another place, where one is known: then this one has the same bytes.
 
     Raises:
         IntegrityError: it is damaged, and no commit tells the id.
     """
-    record = StoreRecord(
+    record = like or StoreRecord(
         store_id=known_id or secrets.token_hex(16),
         digest=BLOCK_DIGEST,
         created=now(),
@@ -88,18 +94,43 @@ def claim_writer(storage: Storage, store_id: str, *, above: int) -> int:
     """Become the newest writer: the number created, higher than ``above`` and than every other."""
     for _ in range(_CLAIM_ROUNDS):
         number = 1 + max([above, *writers(storage)])
-        record = WriterRecord(
-            writer=number, store_id=store_id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
-        )
-        key, data = layout.writer_key(number), seal(record)
-        try:
-            storage.create(key, data)
-        except ExistsError:
-            continue
-        # Where two may have been told that they created it, the bytes tell whose it is: each has other ones.
-        if storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data:
+        if claim_number(storage, store_id, number):
             return number
     raise StorageError(f"{storage.url}: another writer took every number tried in writers/")
+
+
+def claim_number(storage: Storage, store_id: str, number: int) -> bool:
+    """Become writer ``number``; False if another one is it."""
+    record = WriterRecord(
+        writer=number, store_id=store_id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
+    )
+    key, data = layout.writer_key(number), seal(record)
+    try:
+        storage.create(key, data)
+    except ExistsError:
+        return False
+    # Where two may have been told that they created it, the bytes tell whose it is: each has other ones.
+    return storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data
+
+
+def try_out(storage: Storage) -> None:
+    """Learn what the storage can do. By each process that saves, as another server may answer now.
+
+    Raises:
+        StorageError: it can't do what nothing works without.
+    """
+    try:
+        data = storage.read(layout.STORE, limit=SMALL_LIMIT)
+    except (NotFoundError, FormatError, IntegrityError):
+        return
+    storage.probe(layout.STORE, data)
+    if not storage.capabilities.exclusive_create:
+        _log.warning(
+            "%s doesn't refuse to create what exists (If-None-Match). Checkpoints there are whole and checked all "
+            "the same; but a run that was replaced may notice late, and prune leaves unfinished saves alone for "
+            "7 days. 'ckptstore doctor' tells what holds",
+            storage.url,
+        )
 
 
 def check_fence(storage: Storage, number: int) -> None:

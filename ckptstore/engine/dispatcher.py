@@ -14,7 +14,7 @@ from ckptstore.engine.claim import Claim
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.plan import Change
-from ckptstore.engine.saver import Captured, Job, Saver, Tools
+from ckptstore.engine.saver import Captured, Durable, Job, Saver, Tools
 from ckptstore.engine.stage import Stage
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import SaveFailedError, StorageError
@@ -32,27 +32,38 @@ class Dispatcher:
         background: the saves that their callers don't wait for.
     """
 
-    def __init__(self, tools: Tools, finder: Finder, *, shared: bool, check_writable: Callable[[], None]) -> None:
-        self.claim = Claim(tools.storage, shared=shared)
+    def __init__(
+        self,
+        tools: Tools,
+        finder: Finder,
+        *,
+        shared: bool,
+        check_writable: Callable[[], None],
+        committed: Callable[[Checkpoint, Durable], None],
+    ) -> None:
+        self.claim = Claim(tools.storage, finder.backups, shared=shared)
         self.lock = threading.RLock()
         self.background = Background()
         self._tools, self._finder, self._shared = tools, finder, shared
-        self._check_writable = check_writable
+        self._check_writable, self._committed = check_writable, committed
         self._lender: Lender | None = None
 
-    def save(self, state: Captured, facts: Facts, progress: Progress | None = None) -> Checkpoint:
+    def save(
+        self, state: Captured, facts: Facts, durable: Durable = "primary", progress: Progress | None = None
+    ) -> Checkpoint:
         """Save now.
 
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
         """
-        job = Job(state, facts, progress)
+        job = Job(state, facts, durable, progress)
         return self._save(job, self._tools.stage(self._tools.plan(state)))
 
     def save_behind(
         self,
         state: Snapshot,
         facts: Facts,
+        durable: Durable,
         progress: Progress | None,
         *,
         mode: Literal["async", "overlapped"],
@@ -69,7 +80,7 @@ class Dispatcher:
         first = Change.FICKLE if any(source.fickle for source in state.sources) else Change.NOTHING
         if window is None:
             mode, first = "async", Change.ALL
-        job = Job(state, facts, progress)
+        job = Job(state, facts, durable, progress)
         handle = SaveHandle(self._tools, job, self._save, mode=mode, began=began, warned=self.background.warned)
         # A signal handler in the midst of its own thread's save: another thread would wait for that one's end.
         here = self.lock._is_owned()  # type: ignore[attr-defined]
@@ -83,16 +94,18 @@ class Dispatcher:
             # Again: capturing takes time, in which another thread may have closed the store.
             self._check_writable()
             try:
-                store, id = self.claim.next_id(step, self._finder.scan)
+                store, id = self.claim.next_id(step, self._finder.view)
                 if self._lender is None and not self._shared:
                     self._lender = self._earlier_lender(stage, step)
             except StorageError as error:
                 message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
                 raise SaveFailedError(message, step=step) from error
-            another_id = lambda: self.claim.next_id(step, self._finder.scan)[1]  # noqa: E731
+            another_id = lambda: self.claim.next_id(step, self._finder.view)[1]  # noqa: E731
             saver = Saver(self._tools, store, self._lender, self.claim.check_fence, another_id)
             self._lender = saver.save(id, job, stage)
-            return Checkpoint.of(self._lender.record)
+            checkpoint = Checkpoint.of(self._lender.record)
+            self._committed(checkpoint, job.durable)
+            return checkpoint
 
     def _earlier_lender(self, stage: Stage, step: int) -> Lender | None:
         """The newest checkpoint of an earlier process, if its files may be of use."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import NoReturn
 
+from ckptstore.engine.backups import Backups
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, read_holds, scan
 from ckptstore.engine.commit import read_store
 from ckptstore.engine.damage import DamageWarning, all_damaged, as_error, warn_damaged
@@ -18,25 +20,50 @@ from ckptstore.storage.base import Storage
 class Finder:
     """Looks into one store, and remembers the records it has read: they never change."""
 
-    def __init__(self, storage: Storage, *, read_only: bool) -> None:
+    def __init__(self, storage: Storage, backups: Backups | None = None, *, read_only: bool) -> None:
+        self.backups = backups or Backups()
         self._storage = storage
         self._read_only = read_only
         self._fates: Cache = {}
         self._store: StoreRecord | None = None
         self._warned = False
+        self._elsewhere: Mapping[str, Storage] = {}
+
+    def view(self) -> Catalogue:
+        """All that there is: what the register says, and what only the backups have.
+
+        Raises:
+            NotFoundError: opened read-only, and there is no store.
+            StorageError: the storage can't be read completely, or a backup can't where there is nothing else.
+        """
+        if not self.backups:
+            return self.scan()
+        record = self.store_record()
+        found = self.backups.merged_into(self._scan(afresh=False), record.store_id if record else None)
+        if self._read_only and record is None and found.highest is None:
+            self.require_store()
+        self._elsewhere = found.elsewhere
+        return found
+
+    def home(self, checkpoint: Checkpoint) -> Storage:
+        """Where ``checkpoint`` lies, by the last view."""
+        return self._elsewhere.get(checkpoint.id, self._storage)
 
     def scan(self, *, afresh: bool = False) -> Catalogue:
-        """All that the register says; ``afresh`` reads every record again.
+        """All that the register says of what lies here; ``afresh`` reads every record again.
 
         Raises:
             NotFoundError: opened read-only, and there is no store.
             StorageError: the storage can't be read completely; never taken for "empty".
         """
-        record = self.store_record()
-        catalogue = scan(self._storage, record.store_id if record else None, {} if afresh else self._fates)
-        if record is None and not catalogue.checkpoints and not catalogue.damaged and self._read_only:
+        catalogue = self._scan(afresh=afresh)
+        if self.store_record() is None and not catalogue.checkpoints and not catalogue.damaged and self._read_only:
             self.require_store()
         return catalogue
+
+    def _scan(self, *, afresh: bool) -> Catalogue:
+        record = self.store_record()
+        return scan(self._storage, record.store_id if record else None, {} if afresh else self._fates)
 
     def select(self, catalogue: Catalogue, selector: str) -> Checkpoint:
         """The checkpoint that ``selector`` means. Damage is warned of, as it may have hidden another.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.collector import collector_paused
-from ckptstore.engine.reader import Contents, read_contents, read_tensors
+from ckptstore.engine.reader import Contents, Rescue, read_contents, read_tensors
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError
 from ckptstore.storage.base import Storage
@@ -42,19 +42,20 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads from one storage."""
+    """Loads from one storage, and from where ``rescue`` knows what is damaged there."""
 
     storage: Storage
     pool: BufferPool
     threads: int
     progress: Progress | None
+    rescue: Rescue | None = None
 
     def plain(self, checkpoint: Checkpoint, only: Sequence[str] | None) -> Any:
         """The state as plain data."""
         from ckptstore.state.restore import restore_plain
 
         with collector_paused():
-            contents = read_contents(self.storage, checkpoint.record)
+            contents = read_contents(self.storage, checkpoint.record, self.rescue)
             restoration = restore_plain(_tree(contents), _specs(contents), only=only)
         return self._fill(contents, restoration)
 
@@ -70,7 +71,7 @@ class Loader:
         from ckptstore.state.restore import restore_into
 
         with collector_paused():
-            contents = read_contents(self.storage, checkpoint.record)
+            contents = read_contents(self.storage, checkpoint.record, self.rescue)
             restoration = restore_into(_tree(contents), _specs(contents), target, only=only, strict=strict)
         self._fill(contents, restoration)
         found = restoration.report
@@ -84,6 +85,7 @@ class Loader:
             pool=self.pool,
             threads=self.threads,
             progress=self.progress,
+            rescue=self.rescue,
         )
         with collector_paused():
             return restoration.finish()

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
 from ckptstore.engine.workers import Meter, Progress, run
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, StorageError
 from ckptstore.format import layout
 from ckptstore.format.codecs import decode
 from ckptstore.format.digest import block_digest, sha256
@@ -95,6 +95,19 @@ class Contents:
             raise FormatError(f"{key} is malformed: {error}", id=id, key=key) from error
 
 
+class Rescue(Protocol):
+    """Where else the bytes of a damaged object lie; see ``rescue.Rescuer``."""
+
+    def record(self, key: str, wanted: Sealed256, id: str, *, limit: int, error: IntegrityError) -> bytes | None:
+        """The manifest or part that ``key`` should be; ``error`` is what is wrong with it."""
+
+    def readers(self, file: DataFile, id: str) -> Iterator[ObjectReader]:
+        """The same data file in other places, one after the other, as long as it is asked for."""
+
+    def rescued(self, contents: Contents, file: DataFile, block: int, error: IntegrityError) -> None:
+        """Told of each block that came from such a place."""
+
+
 class BlockTask(NamedTuple):
     """One block to be read, and the pieces of it that are wanted."""
 
@@ -104,8 +117,10 @@ class BlockTask(NamedTuple):
     pieces: list[Piece]
 
 
-def read_contents(storage: Storage, commit: CommitRecord) -> Contents:
+def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None = None) -> Contents:
     """Manifest and parts of a committed checkpoint, each checked against who points at it.
+
+    ``rescue`` is asked for what is damaged or missing.
 
     Raises:
         IntegrityError: missing, or other bytes than were committed.
@@ -113,14 +128,14 @@ def read_contents(storage: Storage, commit: CommitRecord) -> Contents:
     """
     id = parse_id(commit.id)
     key = layout.manifest_key(id)
-    data = _read_sealed(storage, key, commit.manifest, commit.id, limit=MANIFEST_LIMIT)
+    data = _read_or_rescue(storage, key, commit.manifest, commit.id, MANIFEST_LIMIT, rescue)
     manifest = parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT)
     if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
         raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
     parts = []
     for wanted in manifest.parts:
         key = layout.part_key(id, wanted.rank)
-        data = _read_sealed(storage, key, wanted, commit.id, limit=PART_LIMIT)
+        data = _read_or_rescue(storage, key, wanted, commit.id, PART_LIMIT, rescue)
         part = parse(data, key, PartRecord, limit=PART_LIMIT)
         if (part.id, part.rank) != (commit.id, wanted.rank):
             raise IntegrityError(f"{key} belongs to rank {part.rank} of {part.id}", id=commit.id, key=key)
@@ -128,7 +143,23 @@ def read_contents(storage: Storage, commit: CommitRecord) -> Contents:
     return Contents(commit, manifest.digest, parts)
 
 
-def _read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit: int) -> bytes:
+def _read_or_rescue(storage: Storage, key: str, wanted: Sealed256, id: str, limit: int, rescue: Rescue | None) -> bytes:
+    try:
+        return read_sealed(storage, key, wanted, id, limit=limit)
+    except IntegrityError as error:
+        data = rescue.record(key, wanted, id, limit=limit, error=error) if rescue is not None else None
+        if data is None:
+            raise
+        return data
+
+
+def read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit: int) -> bytes:
+    """The record under ``key``, if it is the one that is ``wanted``.
+
+    Raises:
+        IntegrityError: missing, or it has other bytes.
+        FormatError: it is said to have more than ``limit`` bytes.
+    """
     if wanted.size > limit:
         raise FormatError(f"{key} is said to have {wanted.size} bytes, more than the {limit} allowed", id=id, key=key)
     try:
@@ -148,12 +179,34 @@ def _read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limi
     return data
 
 
-def open_file(storage: Storage, file: DataFile, id: str) -> ObjectReader:
-    """A data file, opened.
+class _Lost:
+    """A data file of which nothing can be had here."""
+
+    def __init__(self, error: IntegrityError) -> None:
+        self.size, self._error = 0, error
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        raise self._error
+
+    def close(self) -> None:
+        pass
+
+
+def open_file(storage: Storage, file: DataFile, id: str, rescue: Rescue | None = None) -> ObjectReader:
+    """A data file, opened; one that is lost, too, where there is a ``rescue`` for each of its blocks.
 
     Raises:
         IntegrityError: missing, or longer or shorter than it was saved.
     """
+    try:
+        return _open_whole(storage, file, id)
+    except IntegrityError as error:
+        if rescue is None:
+            raise
+        return _Lost(error)
+
+
+def _open_whole(storage: Storage, file: DataFile, id: str) -> ObjectReader:
     try:
         reader = storage.open_reader(file.key)
     except NotFoundError as error:
@@ -179,6 +232,7 @@ def read_tensors(
     pool: BufferPool,
     threads: int,
     progress: Progress | None = None,
+    rescue: Rescue | None = None,
 ) -> None:
     """Bring the bytes of the ``wanted`` tensors into their sinks, reading only the blocks that hold them.
 
@@ -194,9 +248,10 @@ def read_tensors(
     total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
     meter = Meter(total, progress)
     for file, sinks, blocks in plan:
-        with closing(open_file(storage, file, contents.commit.id)) as reader:
+        with closing(open_file(storage, file, contents.commit.id, rescue)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
-            check_blocks(contents, tasks, partial(_deliver, sinks, meter), pool=pool, threads=threads)
+            deliver = partial(_deliver, sinks, meter)
+            check_blocks(contents, tasks, deliver, pool=pool, threads=threads, rescue=rescue)
 
 
 def _wanted_blocks(file: DataFile, sinks: Sequence[Sink | None]) -> list[tuple[int, list[Piece]]]:
@@ -223,8 +278,11 @@ def check_blocks(
     pool: BufferPool,
     threads: int,
     damaged: Callable[[BlockTask, CheckpointError], None] | None = None,
+    rescue: Rescue | None = None,
 ) -> None:
     """Read and check blocks in parallel; ``deliver`` gets each one's raw bytes, ``damaged`` each one's error.
+
+    What ``rescue`` finds elsewhere is delivered, and no error.
 
     Raises:
         IntegrityError, FormatError: the first damaged block, where ``damaged`` isn't given.
@@ -234,7 +292,7 @@ def check_blocks(
         encoded = task.file.entry.blocks[task.number].codec != "none"
         with pool.lease(2 if encoded else 1) as buffers:
             try:
-                raw = _read_block(contents, task, buffers)
+                raw = _read_block(contents, task, buffers, rescue)
             except (IntegrityError, FormatError) as error:
                 if damaged is None:
                     raise
@@ -246,9 +304,9 @@ def check_blocks(
     run(tasks, work, threads=min(threads, pool.buffers))
 
 
-def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) -> memoryview:
+def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview], rescue: Rescue | None) -> memoryview:
     entry = task.file.entry.blocks[task.number]
-    stored = _read_twice(contents, task, entry, buffers[0])
+    stored = read_stored(contents, task, buffers[0], rescue)
     raw = stored if entry.codec == "none" else buffers[1][: entry.raw]
     if raw is not stored:
         _decode(contents, task, stored, raw)
@@ -263,11 +321,27 @@ def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview]) 
     return raw
 
 
-def _read_twice(contents: Contents, task: BlockTask, entry: BlockEntry, buffer: memoryview) -> memoryview:
+def read_stored(contents: Contents, task: BlockTask, buffer: memoryview, rescue: Rescue | None = None) -> memoryview:
+    """A block as it is stored, checked, in ``buffer`` of 16 MiB; ``rescue`` is asked where it is damaged here.
+
+    Raises:
+        IntegrityError: it is damaged everywhere.
+        StorageError: the backend failed.
+    """
+    entry, id = task.file.entry.blocks[task.number], contents.commit.id
     # A flip on the way up heals by itself, one on the disk does not.
     with suppress(IntegrityError):
         return _read_checked(contents, task, entry, buffer)
-    return _read_checked(contents, task, entry, buffer)
+    try:
+        return _read_checked(contents, task, entry, buffer)
+    except IntegrityError as error:
+        for reader in rescue.readers(task.file, id) if rescue is not None else ():
+            with suppress(IntegrityError, StorageError):
+                stored = _read_checked(contents, task._replace(reader=reader), entry, buffer)
+                assert rescue is not None
+                rescue.rescued(contents, task.file, task.number, error)
+                return stored
+        raise
 
 
 def _decode(contents: Contents, task: BlockTask, stored: memoryview, raw: memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from ckptstore.engine.borrow import Lender, check_files, is_safe, owners
 from ckptstore.engine.buffers import BufferPool, StagingArea
@@ -46,6 +46,9 @@ from ckptstore.format.records import (
 )
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.storage.base import Storage, is_key
+
+Durable: TypeAlias = Literal["primary", "backup"]
+"""When a save is done: as soon as it is durable here, or in every backup, too."""
 
 _UNKNOWN = Sealed256(size=1 << 40, sha256="0" * 64)
 
@@ -93,6 +96,7 @@ class Job:
 
     state: Captured
     facts: Facts
+    durable: Durable = "primary"
     progress: Progress | None = None
 
 

@@ -9,6 +9,7 @@ from functools import total_ordering
 from typing import Final
 
 from ckptstore.errors import FormatError
+from ckptstore.format.digest import sha256
 
 FORMAT: Final = 1
 """Version of the layout and records written here. A reader refuses a higher one."""
@@ -20,12 +21,15 @@ CHECKPOINTS = "checkpoints/"
 HOLDS = "holds/"
 TRASH = "trash/"
 CONTROL = "control/"
+RECEIPTS = "receipts/"
+COPYING = "copying/"
 TEMPORARY = "tmp-"
 """Prefix of the last name of an object whose creation was interrupted."""
 
 _ID = re.compile(r"(\d{4,9})-(\d{6,12})-step(\d{1,15})-([0-9a-f]{16})", re.ASCII)
 _WRITER = re.compile(r"writers/(\d{4,9})\.json", re.ASCII)
 _FILE = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}\.(safetensors|blocks)", re.ASCII)
+_RECEIPT = re.compile(r"receipts/[0-9a-f]{16}/([^/]+)\.json", re.ASCII)
 _HOLD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _RESERVED = re.compile(r"latest|(best|step|epoch|milestone|hold)([:.].*)?|\d{4,9}-\d.*", re.IGNORECASE)
 
@@ -109,6 +113,31 @@ def writer_key(writer: int) -> str:
 
 def hold_key(name: str) -> str:
     return f"{HOLDS}{name}.json"
+
+
+def receipts_of(place: str) -> str:
+    """The folder of the receipts for copies at ``place``, a backup's URL."""
+    return f"{RECEIPTS}{sha256(place.encode())[:16]}/"
+
+
+def receipt_key(place: str, id: CheckpointId) -> str:
+    return f"{receipts_of(place)}{id}.json"
+
+
+def receipt_id(key: str) -> CheckpointId | None:
+    """The id in ``receipts/<place>/<id>.json``, or None for any other key."""
+    match = _RECEIPT.fullmatch(key)
+    return try_id(match[1]) if match else None
+
+
+def copying_key(id: CheckpointId) -> str:
+    return f"{COPYING}{id}.json"
+
+
+def copying_id(key: str) -> CheckpointId | None:
+    """The id in ``copying/<id>.json``, or None for any other key."""
+    name = key.removeprefix(COPYING)
+    return try_id(name.removesuffix(".json")) if name != key and name.endswith(".json") else None
 
 
 def record_id(key: str) -> CheckpointId | None:

@@ -135,6 +135,32 @@ class HoldRecord(Record):
     created: Text
 
 
+class ReceiptRecord(Record):
+    """``receipts/<place>/<id>.json``: the checkpoint was copied to ``place``, and what arrived was checked."""
+
+    format: Literal[1] = FORMAT
+    store_id: Text
+    id: Text
+    place: Text
+    """URL of the backup, without credentials."""
+    method: Literal["readback", "checksum", "found"]
+    """Every byte read back; or checked by the server against a checksum; or committed there already."""
+    stored_bytes: Bytes
+    manifest: Sealed256
+    created: Text
+
+
+class CopyingRecord(Record):
+    """``copying/<id>.json``: somebody copies the checkpoint to here; its files are no leftovers meanwhile."""
+
+    format: Literal[1] = FORMAT
+    store_id: Text
+    id: Text
+    host: Text
+    pid: Count
+    created: Text
+
+
 class PartEntry(Sealed256):
     rank: Count
 

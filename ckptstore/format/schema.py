@@ -10,9 +10,11 @@ from pydantic.json_schema import models_json_schema
 from ckptstore.format.records import (
     CommitRecord,
     CondemnedRecord,
+    CopyingRecord,
     HoldRecord,
     ManifestRecord,
     PartRecord,
+    ReceiptRecord,
     StoreRecord,
     TombstoneRecord,
     WriterRecord,
@@ -25,6 +27,8 @@ RECORDS = (
     CondemnedRecord,
     TombstoneRecord,
     HoldRecord,
+    ReceiptRecord,
+    CopyingRecord,
     ManifestRecord,
     PartRecord,
 )

@@ -75,7 +75,11 @@ def _ours(key: str, id: CheckpointId | None) -> bool:
     top = key.partition("/")[0] + "/"
     if key == layout.STORE or (key.endswith("/") and top in _FOLDERS):
         return True
-    return bool(layout.record_id(key) or layout.writer_number(key) or layout.hold_name(key)) or top == layout.CONTROL
+    named = layout.record_id(key) or layout.receipt_id(key) or layout.copying_id(key)
+    return bool(named or layout.writer_number(key) or layout.hold_name(key)) or top == layout.CONTROL
 
 
-_FOLDERS = {layout.WRITERS, layout.COMMITS, layout.CHECKPOINTS, layout.HOLDS, layout.TRASH, layout.CONTROL}
+_FOLDERS = {
+    *(layout.WRITERS, layout.COMMITS, layout.CHECKPOINTS, layout.HOLDS, layout.TRASH, layout.CONTROL),
+    *(layout.RECEIPTS, layout.COPYING),
+}

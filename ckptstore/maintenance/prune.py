@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ckptstore.engine.catalogue import Cache, Catalogue, scan
@@ -62,13 +62,14 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     catalogue = _settled(storage, catalogue)
     leftovers, _ = find_leftovers(entries, catalogue, Lent(storage, catalogue))
     graves = {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
-    grace = _Grace.of(storage, now, grace_s, own_writer)
+    copying = {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
+    grace = _Grace.of(storage, now, grace_s, own_writer, copying)
     removed, spared, freed = [], [], 0
     for leftover in leftovers:
         id, name = leftover.order, leftover.id or leftover.keys[0]
         # With a tombstone it was committed once: no save can be running, and its fate is decided.
         dead = id is not None and id in graves
-        if not dead and grace.covers(id, leftover.modified):
+        if (not dead and grace.covers(id, leftover.modified)) or grace.is_copied(id):
             spared.append(name)
         elif dead or _condemned(storage, catalogue, id):
             storage.delete(leftover.keys)
@@ -91,17 +92,27 @@ class _Grace:
     certain: bool
     newest: int
     own_writer: int | None
+    copying: Mapping[CheckpointId, float]
+    """When somebody began to copy it."""
 
     @classmethod
-    def of(cls, storage: Storage, now: float, grace_s: float, own_writer: int | None) -> _Grace:
+    def of(
+        cls, storage: Storage, now: float, grace_s: float, own_writer: int | None, copying: Mapping[CheckpointId, float]
+    ) -> _Grace:
         certain = storage.capabilities.exclusive_create
         seconds = grace_s if certain else max(grace_s, UNCERTAIN_GRACE_S)
-        return cls(now, seconds, certain, max(writers(storage), default=0), own_writer)
+        return cls(now, seconds, certain, max(writers(storage), default=0), own_writer, copying)
 
     def covers(self, id: CheckpointId | None, modified: float) -> bool:
-        """Whether a save of ``id``, last seen to write at ``modified``, has to be waited for."""
+        """Whether a save or a copy of ``id``, last seen to write at ``modified``, has to be waited for."""
         stale = id is not None and (id.writer < self.newest or id.writer == self.own_writer)
+        # Whoever copies isn't the writer of what it copies.
+        stale = stale and id not in self.copying
         return self.now - modified < self.seconds and not (stale and self.certain)
+
+    def is_copied(self, id: CheckpointId | None) -> bool:
+        """Whether somebody may be copying ``id``, or what borrows from it, to here."""
+        return id is not None and self.now - self.copying.get(id, 0.0) < self.seconds
 
 
 def _drop_uploads(
@@ -114,7 +125,8 @@ def _drop_uploads(
         id, name = layout.folder_id(upload.key), upload.key.rpartition("/")[2]
         # What belongs to a checkpoint that exists is a repair, which may be running.
         over = id in decided and not name.startswith(layout.TEMPORARY)
-        if is_key(upload.key) and (over or not grace.covers(None if id in decided else id, upload.begun)):
+        going_on = grace.is_copied(id) or grace.covers(None if id in decided else id, upload.begun)
+        if is_key(upload.key) and (over or not going_on):
             dropped.append(upload)
     storage.abort_uploads(dropped)
     return [upload.key for upload in dropped]
@@ -178,7 +190,12 @@ def _condemned(storage: Storage, catalogue: Catalogue, id: CheckpointId | None) 
 def _forget(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float) -> None:
     """Drop the tombstones and condemnations of ids of which nothing was left, when they are old enough."""
     present = {layout.folder_id(entry.key) for entry in entries} | {c.order for c in catalogue.buried}
+    # Without its tombstone one that was deleted here would be taken from its backup again.
+    present |= {layout.receipt_id(entry.key) for entry in entries}
     for entry in entries:
+        id = layout.copying_id(entry.key)
+        if id is not None and entry.modified < before:
+            storage.delete([entry.key])
         id = layout.record_id(entry.key)
         if id is None or id in present or entry.modified >= before:
             continue

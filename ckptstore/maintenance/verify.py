@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import read_store
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
+from ckptstore.engine.reader import BlockTask, Contents, DataFile, Rescue, check_blocks, open_file, read_contents
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
@@ -50,6 +50,7 @@ class VerifyReport:
         sample: share of the blocks that was read.
         read_bytes: stored bytes read.
         seconds: time it took.
+        repaired: damage that was found, and is no more.
     """
 
     checkpoints: Sequence[CheckpointReport]
@@ -59,6 +60,19 @@ class VerifyReport:
     sample: float
     read_bytes: int
     seconds: float
+    repaired: Sequence[Damage] = ()
+
+    def with_checkpoints(self, proven: Iterable[CheckpointReport]) -> VerifyReport:
+        """This report, with newer results for some checkpoints."""
+        newer = {one.checkpoint.id: one for one in proven}
+        return replace(self, checkpoints=[newer.get(one.checkpoint.id, one) for one in self.checkpoints])
+
+    def after(self, before: VerifyReport) -> VerifyReport:
+        """This report, with all damage of ``before`` that isn't in it any more as repaired."""
+        left = {(damage.key, damage.block) for damage in self.damages}
+        repaired = [damage for damage in before.damages if (damage.key, damage.block) not in left]
+        read, seconds = before.read_bytes, before.seconds
+        return replace(self, repaired=repaired, read_bytes=read, seconds=seconds)
 
     @property
     def damages(self) -> list[Damage]:
@@ -101,6 +115,19 @@ def verify(
     return VerifyReport(reports, records, leftovers, foreign, sample, read_bytes, time.perf_counter() - begin)
 
 
+def prove(
+    storage: Storage, chosen: Sequence[Checkpoint], rescue: Rescue | None, *, pool: BufferPool, threads: int
+) -> list[CheckpointReport]:
+    """Read every byte of ``chosen``; ``rescue`` is asked for what is damaged, which is no damage then.
+
+    Raises:
+        StorageError: the storage can't be read; that is no damage.
+    """
+    lenders = {id for c in chosen for id in c.record.lenders}
+    prover = _Prover(storage, 1.0, pool, threads, Meter(0, None), lenders, rescue)
+    return [prover.checkpoint(c) for c in chosen]
+
+
 def _is_left(storage: Storage, leftover: Leftover) -> bool:
     """Whether some of it still lies there: it may have been reclaimed while the store was listed and read."""
     id = leftover.order
@@ -136,6 +163,7 @@ class _Prover:
     threads: int
     meter: Meter
     lenders: set[str]
+    rescue: Rescue | None = None
     proofs: dict[tuple[str, str], tuple[FileEntry, _Findings, int]] = field(default_factory=dict)
     """By digest and key of a file that may be lent: what it was checked against, what was found, and bytes read."""
     repeated_bytes: int = 0
@@ -144,7 +172,7 @@ class _Prover:
         before = self.meter.done
         damages: list[Damage] = []
         try:
-            contents = read_contents(self.storage, checkpoint.record)
+            contents = read_contents(self.storage, checkpoint.record, self.rescue)
             files = contents.files
             _ = contents.tensors
         except (IntegrityError, FormatError) as error:
@@ -182,7 +210,7 @@ class _Prover:
             self.meter.add(file.entry.blocks[task.number].length)
 
         try:
-            reader = open_file(self.storage, file, contents.commit.id)
+            reader = open_file(self.storage, file, contents.commit.id, self.rescue)
         except IntegrityError as error:
             found.add(error, [file.name(index) for index in range(len(file.stream.rows))])
             return found
@@ -190,7 +218,9 @@ class _Prover:
         with closing(reader):
             numbers = _sampled(len(file.entry.blocks), self.sample)
             tasks = (BlockTask(file, reader, number, []) for number in numbers)
-            check_blocks(contents, tasks, good, pool=self.pool, threads=self.threads, damaged=damaged)
+            check_blocks(
+                contents, tasks, good, pool=self.pool, threads=self.threads, damaged=damaged, rescue=self.rescue
+            )
         return found
 
 

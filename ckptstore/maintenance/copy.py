@@ -1,0 +1,210 @@
+"""One checkpoint to another storage: the same keys, the same bytes, in the order in which a save writes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.commit import commit, parse_fate
+from ckptstore.engine.reader import Contents, DataFile, Rescue, read_contents, read_sealed
+from ckptstore.errors import ExistsError, FormatError, IntegrityError, NotFoundError, SaveFailedError, StorageError
+from ckptstore.format import layout
+from ckptstore.format.records import (
+    MANIFEST_LIMIT,
+    PART_LIMIT,
+    SMALL_LIMIT,
+    CommitRecord,
+    CopyingRecord,
+    ManifestRecord,
+    Sealed256,
+    now,
+    parse,
+    seal,
+)
+from ckptstore.maintenance.heal import Healer
+from ckptstore.maintenance.transfer import Carrier
+from ckptstore.storage.base import Storage
+
+Method = Literal["readback", "checksum", "found"]
+
+
+class Copied(NamedTuple):
+    """What a copy did."""
+
+    method: Method
+    """How it was proven: read back, by a checksum that the server checked, or it was there already."""
+    written_bytes: int
+    """Of data files; what lay there already, and was good, is not written again."""
+
+
+@dataclass(frozen=True)
+class Copier:
+    """Copies checkpoints from ``source`` to ``target``.
+
+    A copy that was broken off is taken up again: what arrived whole is read there, and not sent once more.
+
+    Attributes:
+        check_fence: called before each commit; raises where this run must not commit there any more.
+    """
+
+    source: Storage
+    target: Storage
+    carrier: Carrier
+    check_fence: Callable[[], None] = lambda: None
+    rescue: Rescue | None = None
+
+    def copy(self, checkpoint: Checkpoint, done: Callable[[int], None] = lambda count: None) -> Copied:
+        """Copy ``checkpoint``, with the files that it borrows; ``done`` is told the stored bytes dealt with.
+
+        Raises:
+            IntegrityError, FormatError: it is damaged in ``source``. Nothing was committed.
+            SaveFailedError: its id was given up in ``target``.
+            StorageError: either failed; another call goes on where this one ended.
+        """
+        record = checkpoint.record
+        if self._is_committed(record):
+            done(checkpoint.stored_bytes)
+            return Copied("found", 0)
+        contents = read_contents(self.source, record, self.rescue)
+        with self._marked(record):
+            written = sum(self._bring(contents, file, done) for file in contents.files)
+            for name, data in self._records(record):
+                self._put(name, data)
+            self.check_fence()
+            self._commit(record)
+            # From now on it is a borrower that prune sees; one that was under way may have removed a lender's file.
+            lent = [file for file in contents.files if file.entry.owner != record.id]
+            written += sum(self._bring(contents, file) for file in lent if not self._has_size(file))
+        return Copied("checksum" if self.target.capabilities.checks_writes else "readback", written)
+
+    @contextmanager
+    def _marked(self, record: CommitRecord) -> Iterator[None]:
+        """While the block runs, nobody takes the files for what a dead save left; those of its lenders neither."""
+        keys = []
+        for id in (record.id, *record.lenders):
+            marker = CopyingRecord(
+                store_id=record.store_id, id=id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
+            )
+            keys.append(layout.copying_key(layout.parse_id(id)))
+            # Anew, as its age counts.
+            self.target.delete([keys[-1]])
+            with suppress(ExistsError):
+                self.target.create(keys[-1], seal(marker))
+        yield
+        self.target.delete(keys)
+
+    def _bring(self, contents: Contents, file: DataFile, done: Callable[[int], None] = lambda count: None) -> int:
+        """Have ``file`` in the target, proven; how many bytes were written."""
+        if not self._lies_there(file):
+            try:
+                self.carrier.carry(contents, file, self.source, self.target, file.key, rescue=self.rescue, done=done)
+                self._prove(contents, file)
+                return file.entry.stored_bytes
+            except ExistsError:
+                # Another process copies the same.
+                pass
+        try:
+            self.carrier.prove(contents, file, self.target, file.key)
+        except (IntegrityError, NotFoundError):
+            # Never removed first: a checkpoint there may borrow the good part of it.
+            Healer(self.target, self.carrier).file(contents, file, self.source, self.rescue)
+            written = file.entry.stored_bytes
+        else:
+            written = 0
+        done(file.entry.stored_bytes)
+        return written
+
+    def _prove(self, contents: Contents, file: DataFile) -> None:
+        if self.target.capabilities.checks_writes:
+            return
+        try:
+            self.carrier.prove(contents, file, self.target, file.key)
+        except IntegrityError as error:
+            raise self._damaged_on_its_way(file.key) from error
+
+    def _damaged_on_its_way(self, key: str) -> StorageError:
+        message = f"{self.target.url}/{key} was read back with other bytes than were written; copy again"
+        return StorageError(message, transient=True, key=key)
+
+    def _lies_there(self, file: DataFile) -> bool:
+        try:
+            self.target.size(file.key)
+        except NotFoundError:
+            return False
+        except IntegrityError:
+            pass
+        return True
+
+    def _has_size(self, file: DataFile) -> bool:
+        try:
+            return self.target.size(file.key) == file.entry.stored_bytes
+        except (NotFoundError, IntegrityError):
+            return False
+
+    def _records(self, record: CommitRecord) -> Iterator[tuple[str, bytes]]:
+        """Parts and manifest, the manifest last, with the very bytes that the commit record proves."""
+        id = layout.parse_id(record.id)
+        key = layout.manifest_key(id)
+        data = self._sealed(key, record.manifest, record.id, MANIFEST_LIMIT)
+        for part in parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT).parts:
+            name = layout.part_key(id, part.rank)
+            yield name, self._sealed(name, part, record.id, PART_LIMIT)
+        yield key, data
+
+    def _sealed(self, key: str, wanted: Sealed256, id: str, limit: int) -> bytes:
+        try:
+            return read_sealed(self.source, key, wanted, id, limit=limit)
+        except IntegrityError as error:
+            data = self.rescue.record(key, wanted, id, limit=limit, error=error) if self.rescue else None
+            if data is None:
+                raise
+            return data
+
+    def _put(self, key: str, data: bytes) -> None:
+        try:
+            self.target.create(key, data)
+        except ExistsError:
+            if not self._holds(key, data):
+                Healer(self.target, self.carrier).record(key, data)
+        else:
+            if not self._holds(key, data):
+                raise self._damaged_on_its_way(key)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.target.read(key, limit=len(data)) == data
+        except (NotFoundError, IntegrityError, FormatError):
+            return False
+
+    def _is_committed(self, record: CommitRecord) -> bool:
+        """Whether the target has the very record already.
+
+        Raises:
+            SaveFailedError: what it has says that the id never may be committed.
+        """
+        key = layout.commit_key(layout.parse_id(record.id))
+        try:
+            found = parse_fate(self.target.read(key, limit=SMALL_LIMIT), key)
+        except (NotFoundError, IntegrityError, FormatError):
+            return False
+        if not isinstance(found, CommitRecord):
+            raise SaveFailedError(
+                f"{self.target.url} gave up {record.id}, as prune does with what it takes for a dead save's: it can't "
+                "be copied there any more",
+                id=record.id,
+                key=key,
+            )
+        return found == record
+
+    def _commit(self, record: CommitRecord) -> None:
+        id = layout.parse_id(record.id)
+        try:
+            commit(self.target, id, record)
+        except IntegrityError:
+            # What stood there was damaged; of this very id, as nobody else makes its like.
+            Healer(self.target, self.carrier).record(layout.commit_key(id), seal(record))

@@ -1,0 +1,267 @@
+"""Copies to a backup, made in the background, in the order of the commits; and back from it, where they are missed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from ckptstore.engine.backups import Backup
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.commit import ensure_store
+from ckptstore.engine.finder import Finder
+from ckptstore.errors import (
+    CheckpointError,
+    FormatError,
+    IntegrityError,
+    SaveFailedError,
+    StaleWriterError,
+    StorageError,
+    UnavailableError,
+)
+from ckptstore.format.records import StoreRecord
+from ckptstore.maintenance import receipts
+from ckptstore.maintenance.copy import Copier, Method
+from ckptstore.maintenance.keep import is_buried
+from ckptstore.maintenance.lent import recorded_ids
+from ckptstore.maintenance.transfer import Carrier
+from ckptstore.storage.base import Storage
+
+_log = logging.getLogger("ckptstore")
+
+_PAUSE_S = (1.0, 60.0)
+"""Between one try and the next while a backup can't be reached: at first, and at most."""
+
+Right = Callable[[], tuple[StoreRecord, int | None] | None]
+"""The store and this run's number as a writer, None in it where several runs share the store; None before a save."""
+
+
+class Replicator:
+    """Brings to one backup what it lacks. Its thread begins with the first ``wake``, and is a daemon.
+
+    Args:
+        storage, finder: the primary.
+        right: see ``Right``; nothing is copied to the backup before there is one.
+        copied: called after each round that left nothing to copy.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        finder: Finder,
+        backup: Backup,
+        carrier: Carrier,
+        right: Right,
+        copied: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._storage, self._finder, self._backup = storage, finder, backup
+        self._carrier, self._right, self._on_copied = carrier, right, copied
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._awake = self._ending = False
+        self._tries = 0
+        self._error: CheckpointError | None = None
+        self._there: set[str] = set()
+        self._hopeless: dict[str, CheckpointError] = {}
+        self._missed: list[Checkpoint] = []
+        self._stale: StaleWriterError | None = None
+
+    @property
+    def url(self) -> str:
+        return self._backup.url
+
+    @property
+    def storage(self) -> Storage:
+        """The backup."""
+        return self._backup.storage
+
+    def wake(self) -> None:
+        """Something was committed: look what is to be copied."""
+        with self._changed:
+            self._awake = True
+            if self._thread is None and not self._ending:
+                self._thread = threading.Thread(target=self._run, name="ckptstore-backup", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def bring_back(self, checkpoints: list[Checkpoint]) -> None:
+        """Copy ``checkpoints`` from the backup to the primary, which lacks them, in this order."""
+        with self._changed:
+            waiting = {c.id for c in self._missed}
+            self._missed += [c for c in checkpoints if c.id not in waiting]
+        self.wake()
+
+    def wait_for(self, id: str) -> None:
+        """Return when the backup has ``id``.
+
+        Raises:
+            UnavailableError: a try to copy it failed, which will be made again; on the primary it is safe.
+            StaleWriterError: a newer run has claimed the backup.
+            IntegrityError, SaveFailedError: it never will be there.
+        """
+        with self._changed:
+            begun = self._tries
+            self._changed.wait_for(lambda: self._is_settled(id, begun))
+            error = self._stale or self._hopeless.get(id)
+            if error is not None:
+                raise error
+            if id not in self._there:
+                raise UnavailableError(
+                    f"{id} is saved, but not yet in {self.url}, to which it will be copied later: {self._error}", id=id
+                )
+
+    def end(self) -> None:
+        """Copy what is left, as long as the backup takes it, and then no more. Returns at once; see ``join``."""
+        with self._changed:
+            self._ending = self._awake = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Return when all has ended."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            _log.warning("the backup %s lacks checkpoints; the next run that saves copies them", self.url)
+
+    def _is_settled(self, id: str, begun: int) -> bool:
+        known = id in self._there or id in self._hopeless or self._stale is not None
+        # A round that had begun before may have ended without it; one that began later tried.
+        return known or (self._error is not None and self._tries > begun + 1) or self._thread is None
+
+    # -- its thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause = 0.0
+        while self._begins(pause):
+            try:
+                self._round()
+            except StaleWriterError as error:
+                self._end_stale(error)
+                return
+            except Exception as error:
+                pause = min(_PAUSE_S[1], max(_PAUSE_S[0], 2 * pause))
+                # Of whatever kind: somebody may be waiting.
+                self._failed(error if isinstance(error, CheckpointError) else StorageError(repr(error)), pause)
+            else:
+                pause = 0.0
+                self._succeeded()
+
+    def _begins(self, pause: float) -> bool:
+        """Wait until there is something to do; False at the end."""
+        with self._changed:
+            if pause:
+                self._changed.wait_for(lambda: self._ending, timeout=pause)
+            else:
+                self._changed.wait_for(lambda: self._awake or self._ending)
+            if self._ending and (pause or not self._awake):
+                return False
+            self._awake = False
+            return True
+
+    def _succeeded(self) -> None:
+        was_away, self._backup.reachable = not self._backup.reachable, True
+        with self._changed:
+            was_away = was_away or self._error is not None
+            self._error = None
+            self._tries += 1
+            self._changed.notify_all()
+        if was_away:
+            _log.warning("the backup %s is reached again, and has all checkpoints now", self.url)
+
+    def _failed(self, error: CheckpointError, pause: float) -> None:
+        with self._changed:
+            first, self._error = self._error is None, error
+            self._tries += 1
+            self._awake = True
+            self._changed.notify_all()
+        if first:
+            _log.warning("copying to the backup %s failed, and is tried again every %g s: %s", self.url, pause, error)
+
+    def _end_stale(self, error: StaleWriterError) -> None:
+        _log.warning("nothing more is copied to the backup %s: %s", self.url, error)
+        with self._changed:
+            self._stale = error
+            self._changed.notify_all()
+
+    def _round(self) -> None:
+        """Bring the backup, and the primary, up to date.
+
+        Raises:
+            StaleWriterError: a newer run has claimed the backup.
+            CheckpointError: one of the two failed; what was copied stays.
+        """
+        self._refill()
+        right = self._right()
+        if right is None:
+            return
+        store, number = right
+        self._admit(store, number)
+        for checkpoint in self._lacking(store):
+            self._copy(checkpoint, number)
+        self._on_copied()
+
+    def _admit(self, store: StoreRecord, number: int | None) -> None:
+        if number is not None:
+            self._backup.claim(store, number)
+        else:
+            ensure_store(self._backup.storage, like=store)
+
+    def _lacking(self, store: StoreRecord) -> Iterator[Checkpoint]:
+        """What is to be copied, oldest first; receipts are given for what is there already."""
+        own, theirs = self._finder.scan(), self._backup.scan(store.store_id)
+        there = {c.order for c in theirs.checkpoints}
+        with_receipt = receipts.given(self._storage, self.url)
+        given_up = (recorded_ids(theirs) | theirs.graves) - there
+        for checkpoint in own.checkpoints:
+            if checkpoint.order in there:
+                self._note(checkpoint, "found", checkpoint.order in with_receipt)
+            elif checkpoint.order not in given_up and checkpoint.id not in self._hopeless:
+                yield checkpoint
+
+    def _copy(self, checkpoint: Checkpoint, number: int | None) -> None:
+        fence = (lambda: self._backup.check_fence(number)) if number is not None else lambda: None
+        try:
+            done = Copier(self._storage, self._backup.storage, self._carrier, fence).copy(checkpoint)
+        except StaleWriterError:
+            raise
+        except CheckpointError as error:
+            if getattr(error, "transient", False) or not self._is_hopeless(checkpoint, error):
+                raise
+            return
+        self._note(checkpoint, done.method, False)
+
+    def _is_hopeless(self, checkpoint: Checkpoint, error: CheckpointError) -> bool:
+        """Whether another try can't help, and the checkpoints after it needn't wait for it."""
+        if is_buried(self._storage, checkpoint):
+            # Deleted while it was copied.
+            return True
+        if isinstance(error, StorageError):
+            return False
+        _log.error("%s can't be copied to the backup %s: %s", checkpoint.id, self.url, error)
+        with self._changed:
+            self._hopeless[checkpoint.id] = error
+            self._changed.notify_all()
+        return True
+
+    def _note(self, checkpoint: Checkpoint, method: Method, has_receipt: bool) -> None:
+        if not has_receipt:
+            receipts.give(self._storage, self.url, checkpoint, method)
+        with self._changed:
+            self._there.add(checkpoint.id)
+            self._changed.notify_all()
+
+    def _refill(self) -> None:
+        """Bring back to the primary what was asked for."""
+        while self._missed:
+            checkpoint = self._missed[0]
+            store = self._backup.store_record()
+            if store is not None:
+                ensure_store(self._storage, like=store)
+                copier = Copier(self._backup.storage, self._storage, self._carrier)
+                try:
+                    copier.copy(checkpoint)
+                    receipts.give(self._storage, self.url, checkpoint, "found")
+                except (IntegrityError, FormatError, SaveFailedError) as error:
+                    _log.error("%s can't be brought back from %s: %s", checkpoint.id, self.url, error)
+            with self._changed:
+                self._missed.remove(checkpoint)
