@@ -32,8 +32,11 @@ if TYPE_CHECKING:
         StorageFullError,
         UnavailableError,
     )
+    from ckptstore.maintenance.copy import CopyReport
     from ckptstore.maintenance.prune import PruneReport
+    from ckptstore.maintenance.receipts import Lag
     from ckptstore.maintenance.verify import VerifyReport
+    from ckptstore.policy.retention import last
     from ckptstore.state.registry import register_type
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
@@ -46,12 +49,14 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CommitUnknownError",
+    "CopyReport",
     "Damage",
     "DamageWarning",
     "ExistsError",
     "FallbackWarning",
     "FormatError",
     "IntegrityError",
+    "Lag",
     "Loaded",
     "NoCheckpointError",
     "NotFoundError",
@@ -68,6 +73,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "fence",
+    "last",
     "open",
     "register_type",
 ]
@@ -76,9 +82,12 @@ _HOMES = {
     "ckptstore.engine.catalogue": ("Checkpoint", "Damage"),
     "ckptstore.engine.loader": ("Loaded",),
     "ckptstore.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "ckptstore.maintenance.copy": ("CopyReport",),
     "ckptstore.maintenance.prune": ("PruneReport",),
+    "ckptstore.maintenance.receipts": ("Lag",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
     "ckptstore.engine.background": ("SaveHandle", "TornReadWarning"),
+    "ckptstore.policy.retention": ("last",),
     "ckptstore.state.rng": ("RNG",),
     "ckptstore.state.staging": ("fence",),
     "ckptstore.state.registry": ("register_type",),

@@ -30,9 +30,11 @@ from ckptstore.errors import (
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
 from ckptstore.format.tensorfile import BLOCK_BYTES
-from ckptstore.maintenance import keep
+from ckptstore.maintenance import keep as keeping
+from ckptstore.maintenance.evict import evict
 from ckptstore.maintenance.prune import PruneReport, prune
 from ckptstore.maintenance.replicate import Replicator
+from ckptstore.policy.retention import Keep
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
 from ckptstore.units import size_bytes
@@ -51,6 +53,7 @@ class Store(View):
         backups: Sequence[Storage] = (),
         *,
         durable: Durable,
+        keep: Keep | None,
         read_only: bool,
         shared: bool,
         compression: str,
@@ -67,12 +70,12 @@ class Store(View):
         )
         super().__init__(tools, Finder(storage, Backups(backups), read_only=read_only), read_only=read_only)
         self._shared = shared
-        self._durable = durable
+        self._durable, self._keep = durable, keep
         self._dispatcher = Dispatcher(
             tools, self._finder, shared=shared, check_writable=self._check_writable, committed=self._committed
         )
         self._replicators = [
-            Replicator(storage, self._finder, backup, self._carrier, lambda: self._dispatcher.claim.right)
+            Replicator(storage, self._finder, backup, self._carrier, lambda: self._dispatcher.claim.right, self._copied)
             for backup in self._finder.backups.all
         ]
         self._pid = os.getpid()
@@ -120,6 +123,11 @@ class Store(View):
             replicator.end()
         for replicator in self._replicators:
             replicator.join()
+
+    def _copied(self) -> None:
+        """Make room here, after a backup has got all there is. Not while a save runs, which may borrow."""
+        if self._keep is not None:
+            evict(self._storage, self._finder, self._keep, self._dispatcher.lock)
 
     def _committed(self, checkpoint: Checkpoint, durable: Durable) -> None:
         """Have the backups copy ``checkpoint``, and wait for them where that is wanted."""
@@ -264,8 +272,15 @@ class Store(View):
             NotFoundError: no such checkpoint.
         """
         self._check_writable()
-        checkpoint = self._finder.select(self._finder.scan(), selector)
-        keep.bury(self._storage, checkpoint, reason)
+        checkpoint = self._own(selector)
+        keeping.bury(self._storage, checkpoint, reason)
+        return checkpoint
+
+    def _own(self, selector: str) -> Checkpoint:
+        checkpoint = self._finder.select(self._finder.view(), selector)
+        home = self._finder.home(checkpoint)
+        if home is not self._storage:
+            raise NotFoundError(f"{checkpoint.id} lies only in the backup {home.url}: open that to change it")
         return checkpoint
 
     def undelete(self, id: str) -> Checkpoint:
@@ -275,7 +290,7 @@ class Store(View):
             NotFoundError: it is not in the trash, or was reclaimed already.
         """
         self._check_writable()
-        return keep.bring_back(self._storage, self._finder.scan().buried, id)
+        return keeping.bring_back(self._storage, self._finder.scan().buried, id)
 
     def hold(self, selector: str, name: str) -> Checkpoint:
         """Pin a checkpoint under ``name``: it can't be deleted until ``release(name)``, and ``name`` selects it.
@@ -286,8 +301,8 @@ class Store(View):
         """
         self._check_writable()
         layout.check_hold_name(name)
-        checkpoint = self._finder.select(self._finder.scan(), selector)
-        keep.hold(self._storage, checkpoint, name)
+        checkpoint = self._own(selector)
+        keeping.hold(self._storage, checkpoint, name)
         return checkpoint
 
     def release(self, name: str) -> None:
@@ -297,7 +312,7 @@ class Store(View):
             NotFoundError: there is no such hold.
         """
         self._check_writable()
-        keep.release(self._storage, name)
+        keeping.release(self._storage, name)
 
     def prune(self, *, grace_s: float = 24 * 3600.0) -> PruneReport:
         """Collect what killed saves left, and reclaim what was deleted more than ``grace_s`` seconds ago.
@@ -321,6 +336,7 @@ def open(
     backup: Place | Sequence[Place] = (),
     backup_options: Mapping[str, Any] | None = None,
     durable: Durable = "primary",
+    keep: Keep | None = None,
     read_only: bool = False,
     shared: bool = False,
     compression: str = "none",
@@ -337,6 +353,8 @@ def open(
             damaged or lost at ``url`` is taken from there. A backup belongs to one store.
         backup_options: for the backups, as ``storage_options``.
         durable: when a save is done: as soon as it is durable at ``url`` ("primary"), or in every backup ("backup").
+        keep: what stays at ``url`` of the checkpoints that every backup has, as ``last(2)``; backups keep all. What was
+            let go is found and loaded from there as before.
         read_only: for people who only look: every change is refused, and a missing store is an error.
         shared: let several processes save side by side; without it the newest to save owns the store.
         compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
@@ -359,6 +377,8 @@ def open(
         )
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     _check_durable(durable, bool(backup))
+    if keep is not None and not backup:
+        raise FormatError(f"keep={keep!r} needs a backup=URL: what goes here has to be somewhere else")
     places = [backup] if isinstance(backup, str | os.PathLike) else list(backup)
     storage, backups = _opened(url, storage_options, places, backup_options, read_only)
     in_flight = storage.capabilities.in_flight
@@ -366,6 +386,7 @@ def open(
         storage,
         backups,
         durable=durable,
+        keep=keep,
         read_only=read_only,
         shared=shared,
         compression=compression,

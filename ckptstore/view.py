@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, overload
 
+from ckptstore.engine.backups import Backup
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
+from ckptstore.engine.commit import new_store
 from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.loader import Loaded, Loader
@@ -16,12 +19,16 @@ from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, StateError
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError
 from ckptstore.maintenance import keep
+from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
+from ckptstore.maintenance.receipts import Lag, lags
 from ckptstore.maintenance.repair import Repairer
 from ckptstore.maintenance.replicate import Replicator
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.maintenance.verify import VerifyReport, prove, verify
+from ckptstore.policy.retention import Keep
+from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
 
 _CARRIERS = 4
@@ -37,6 +44,7 @@ class View:
         # Apart from the pool of saves and loads, which never wait for copies.
         self._carrier = Carrier(BufferPool(POOL_BYTES), _CARRIERS)
         self._replicators: list[Replicator] = []
+        self._keep: Keep | None = None
 
     @property
     def url(self) -> str:
@@ -175,13 +183,15 @@ class View:
         warnings.warn(f"{told}, and {how}", DamageWarning, stacklevel=5)
 
     def _bring_back(self, checkpoint: Checkpoint, home: Storage) -> None:
-        """Have the primary hold what was loaded; all that there is, where it has lost everything."""
+        """Have the primary hold what was loaded; all that it should have, where it has lost everything."""
         found = self._finder.view()
         missed = [c for c in reversed(found.checkpoints) if found.elsewhere.get(c.id) is home]
         lost_all = len(missed) == len(found.checkpoints)
+        kept = self._keep.kept(found.checkpoints) if self._keep is not None else {c.id for c in found.checkpoints}
+        wanted = [c for c in (missed if lost_all else [checkpoint]) if c.id in kept]
         for replicator in self._replicators:
             if replicator.storage is home:
-                replicator.bring_back(missed if lost_all else [checkpoint])
+                replicator.bring_back(wanted)
 
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """What ``checkpoint`` holds: its files, tensors and tree, proven against its commit record.
@@ -254,6 +264,45 @@ class View:
             proven = prove(self._storage, bad, None, pool=self._tools.pool, threads=self._tools.threads)
             again = report.with_checkpoints(proven)
         return again.after(report)
+
+    def copy(
+        self,
+        target: str | os.PathLike[str],
+        select: Sequence[str] = (),
+        *,
+        target_options: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Copy checkpoints to another place, under the same names; what is there already isn't copied again.
+
+        Every block is checked before it is sent, and read back where the target doesn't check it itself. A copy that
+        was broken off is taken up by the next call. Nothing is ever removed there.
+
+        Args:
+            target: as ``url`` of ``open``. There must be nothing yet, or a copy of this store.
+            select: selectors, as ``["latest", "best:val_loss"]``; all checkpoints by default.
+            target_options: as ``storage_options`` of ``open``.
+            progress: called with (bytes done, bytes in all), from any thread.
+
+        Raises:
+            NotFoundError: no such checkpoint.
+            StorageError: there is another store at ``target``, or one of the two failed.
+        """
+        catalogue = self._finder.view()
+        warn_damaged(catalogue.damaged)
+        chosen = [self._finder.select(catalogue, text) for text in select] or list(catalogue.checkpoints)
+        unique = sorted({c.id: c for c in chosen}.values(), key=lambda c: c.order)
+        if not unique:
+            raise NoCheckpointError(f"{self.url} has no checkpoints to copy")
+        with closing(open_storage(target, options=target_options)) as storage:
+            store = self._finder.store_record() or self._finder.backups.store_record()
+            Backup(storage).admit(store or new_store(catalogue.store_id))
+            return copy_each(lambda c: Copier(self._finder.home(c), storage, self._carrier), unique, progress)
+
+    def lags(self) -> list[Lag]:
+        """How far each backup is behind, by the receipts that lie here."""
+        here = [c for c in self._finder.view().checkpoints if self._finder.home(c) is self._storage]
+        return lags(self._storage, here)
 
     def catalogue(self) -> Catalogue:
         """All that the register says: existing, deleted, condemned and damaged, without warnings."""

@@ -131,7 +131,7 @@ def test_public_names() -> None:
     expected = """RNG Checkpoint CheckpointError CommitUnknownError Damage DamageWarning ExistsError FallbackWarning
         FormatError IntegrityError Loaded NoCheckpointError NotFoundError PruneReport SaveFailedError
         StaleWriterError StateError StorageError StorageFullError Store UnavailableError VerifyReport __version__
-        SaveHandle TornReadWarning fence open register_type"""
+        SaveHandle TornReadWarning fence open register_type CopyReport Lag last"""
     assert sorted(ckptstore.__all__) == sorted(expected.split())
     for name in ckptstore.__all__:
         thing = getattr(ckptstore, name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from ckptstore.cli import texts
-from ckptstore.cli.access import looking
+from ckptstore.cli.access import backup_option, looking
 from ckptstore.cli.outcome import BAD_NEWS
 from ckptstore.cli.terminal import answer, emit, json_option, note, plain, table
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage
     from ckptstore.format.layout import CheckpointId
+    from ckptstore.maintenance.receipts import Lag
 
 
 _ALWAYS = ("id", "step", "created", "size")
@@ -36,14 +37,16 @@ class _Row(NamedTuple):
 @click.argument("url")
 @click.option("--deleted", is_flag=True, help="Also those in the trash, which undelete can bring back.")
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@backup_option
 @json_option
 @click.pass_context
-def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, as_json: bool) -> None:
+def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, backups: tuple[str, ...], as_json: bool) -> None:
     """List the checkpoints at URL, the newest last.
 
     Answers which checkpoints exist: what was committed and not deleted. Reads the commit records only, so it
     is quick; whether the data is good, "ckptstore verify" tells. The id is shown as short as it can be; --json
-    has all of it.
+    has all of it. Where the store is copied to backups, a line for each tells how far it is behind; with --backup,
+    what lies only there is listed too.
 
     \b
       ckptstore ls runs/gpt2
@@ -52,15 +55,15 @@ def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, as_json: b
 
     Exit codes: 0 good; 1 a commit record is damaged (its row says so); 2 no store at URL or wrong use.
     """
-    with looking(url) as (store, catalogue):
-        holds = store.holds()
+    with looking(url, backups) as (store, catalogue):
+        holds, lags = store.holds(), store.lags()
     short = texts.short_ids(str(row.order) for row in _rows(catalogue, deleted=True))
     rows = _rows(catalogue, deleted)[-last if last else None :]
     if as_json:
-        emit(_document(store.url, rows, short, holds))
+        emit(_document(store.url, rows, short, holds, lags, catalogue))
     else:
         # Lines like those of a log: a narrow terminal breaks them, and no id is ever cut.
-        answer(_table(rows, short, holds), fit=False)
+        answer(_table(rows, short, holds, catalogue), *map(texts.lag_text, lags), fit=False)
     if catalogue.damaged:
         damaged = texts.count_text(len(catalogue.damaged), "commit record")
         note(f"{damaged} damaged; 'ckptstore verify {url}' says what is wrong")
@@ -76,19 +79,43 @@ def _rows(catalogue: Catalogue, deleted: bool) -> list[_Row]:
     return sorted(rows, key=lambda row: row.order)
 
 
-def _document(url: str, rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str]) -> dict[str, object]:
+def _document(
+    url: str,
+    rows: list[_Row],
+    short: Mapping[str, str],
+    holds: Mapping[str, str],
+    lags: Sequence[Lag],
+    catalogue: Catalogue,
+) -> dict[str, object]:
     def of(status: str) -> list[dict[str, object]]:
         found = ((row.checkpoint, row.order) for row in rows if row.status == status)
-        return [{"short": short[str(id)], **texts.checkpoint_fields(c, holds)} for c, id in found if c is not None]
+        return [
+            {"short": short[str(id)], **texts.checkpoint_fields(c, holds), "only_in": _only_in(c, catalogue)}
+            for c, id in found
+            if c is not None
+        ]
 
     damaged = [texts.damage_fields(row.damage) for row in rows if row.damage is not None]
-    return {"url": url, "checkpoints": of("good"), "deleted": of("deleted"), "damaged": damaged}
+    backups = [texts.lag_fields(lag) for lag in lags]
+    return {
+        "url": url,
+        "checkpoints": of("good"),
+        "deleted": of("deleted"),
+        "damaged": damaged,
+        "backups": backups,
+    }
 
 
-def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str]) -> Table:
+def _only_in(checkpoint: Checkpoint, catalogue: Catalogue) -> str | None:
+    """The backup that it lies in, where it lies nowhere else."""
+    home = catalogue.elsewhere.get(checkpoint.id)
+    return home.url if home is not None else None
+
+
+def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str], catalogue: Catalogue) -> Table:
     from rich.text import Text
 
-    lines = [_cells(row, short[str(row.order)], holds) for row in rows]
+    lines = [_cells(row, short[str(row.order)], holds, catalogue) for row in rows]
     # What no checkpoint here has takes no room.
     used = [name for name in _COLUMNS if name in _ALWAYS or any(line.get(name) for line in lines)]
     made = table(*used, right=("step", "epoch", "size"))
@@ -98,8 +125,10 @@ def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str])
     return made
 
 
-def _cells(row: _Row, short: str, holds: Mapping[str, str]) -> dict[str, str]:
+def _cells(row: _Row, short: str, holds: Mapping[str, str], catalogue: Catalogue) -> dict[str, str]:
     marks = [] if row.status == "good" else [row.status]
+    if row.checkpoint is not None and (place := _only_in(row.checkpoint, catalogue)):
+        marks.append(f"only in {place}")
     marks += [f"held: {name}" for name in texts.holds_of(str(row.order), holds)]
     known = {"id": short, "step": str(row.order.step), "marks": ", ".join(marks)}
     if row.checkpoint is None:

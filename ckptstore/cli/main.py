@@ -14,6 +14,7 @@ _HOMES = {
     "ls": "ls",
     "show": "show",
     "verify": "verify",
+    "copy": "copy",
     "hold": "hold",
     "release": "hold",
     "delete": "delete",

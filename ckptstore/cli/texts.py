@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint, Damage
+    from ckptstore.maintenance.receipts import Lag
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -104,3 +105,23 @@ def damage_fields(damage: Damage) -> dict[str, Any]:
 def holds_of(id: str, holds: Mapping[str, str]) -> list[str]:
     """The names of the holds that pin ``id``."""
     return sorted(name for name, held in holds.items() if held == id)
+
+
+def lag_text(lag: Lag) -> str:
+    """How far a backup is behind."""
+    if not lag.behind:
+        return f"backup {lag.place}: has all {lag.copied}"
+    since = time_text(lag.since) if lag.since is not None else "?"
+    what = f"{count_text(lag.behind, 'checkpoint')}, {size_text(lag.behind_bytes)}"
+    return f"backup {lag.place}: lacks {what}, the oldest saved {since}"
+
+
+def lag_fields(lag: Lag) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        "place": lag.place,
+        "copied": lag.copied,
+        "behind": lag.behind,
+        "behind_bytes": lag.behind_bytes,
+        "since": lag.since.isoformat() if lag.since is not None else None,
+    }

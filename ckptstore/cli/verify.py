@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from ckptstore.cli import texts
-from ckptstore.cli.access import looking
+from ckptstore.cli.access import backup_option, changing, looking
 from ckptstore.cli.outcome import BAD_NEWS
 from ckptstore.cli.terminal import answer, byte_progress, emit, json_option
 from ckptstore.cli.units import share
@@ -16,6 +17,7 @@ from ckptstore.cli.units import share
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Damage
     from ckptstore.maintenance.verify import VerifyReport
+    from ckptstore.store import Store
 
 _TENSORS_SHOWN = 3
 
@@ -24,32 +26,55 @@ _TENSORS_SHOWN = 3
 @click.argument("url")
 @click.argument("selector", required=False)
 @click.option("--sample", type=share, default="100%", metavar="SHARE", help="Read a share of the blocks: 10%, 0.1.")
+@click.option("--repair", is_flag=True, help="Replace what is damaged by what a --backup has.")
+@backup_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, url: str, selector: str | None, sample: float, as_json: bool) -> None:
+def verify(
+    ctx: click.Context,
+    url: str,
+    selector: str | None,
+    sample: float,
+    repair: bool,
+    backups: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Prove that every byte at URL is as it was saved.
 
     Reads every block of every checkpoint (or of the one selected), compares its hash, and names each damaged
     block, its file and the tensors in it. Without SELECTOR it also names saves that run now or were killed, which
-    is no damage, and objects that aren't ckptstore's. It changes nothing, and needs no PyTorch. --sample picks the
-    blocks at random; all records are read anyway.
+    is no damage, and objects that aren't ckptstore's. It changes nothing but with --repair, and needs no PyTorch.
+    --sample picks the blocks at random; all records are read anyway.
 
     \b
       ckptstore verify runs/gpt2
       ckptstore verify runs/gpt2 latest
       ckptstore verify runs/gpt2 --sample 10%
+      ckptstore verify runs/gpt2 --repair --backup s3://bucket/gpt2
 
-    Exit codes: 0 all good; 1 damage found, or no such checkpoint; 2 no store at URL, the storage can't be read or
-    wrong use.
+    Exit codes: 0 all good, also where all damage was repaired; 1 damage found, or no such checkpoint; 2 no store at
+    URL, the storage can't be read or wrong use.
     """
-    with looking(url) as (store, _), byte_progress("verifying") as progress:
-        report = store.verify(selector, sample=sample, progress=progress)
+    if repair and not backups:
+        raise click.UsageError("--repair needs a --backup URL to repair from")
+    with _opened(url, backups, repair) as store, byte_progress("verifying") as progress:
+        report = store.verify(selector, sample=sample, repair=repair, progress=progress)
     if as_json:
         emit(_document(store.url, report))
     else:
         answer(*_lines(report, url))
     if not report.ok:
         ctx.exit(BAD_NEWS)
+
+
+@contextmanager
+def _opened(url: str, backups: Sequence[str], repair: bool) -> Iterator[Store]:
+    if repair:
+        with changing(url, backups) as store:
+            yield store
+    else:
+        with looking(url, backups) as (store, _):
+            yield store
 
 
 def _document(url: str, report: VerifyReport) -> dict[str, object]:
@@ -66,6 +91,7 @@ def _document(url: str, report: VerifyReport) -> dict[str, object]:
             }
             for one in report.checkpoints
         ],
+        "repaired": [texts.damage_fields(damage) for damage in report.repaired],
         "records": [texts.damage_fields(damage) for damage in report.records],
         "leftovers": [
             {"id": left.id, "keys": list(left.keys), "stored_bytes": left.stored_bytes} for left in report.leftovers
@@ -78,6 +104,8 @@ def _document(url: str, report: VerifyReport) -> dict[str, object]:
 
 
 def _lines(report: VerifyReport, url: str) -> Iterator[str]:
+    for damage in report.repaired:
+        yield f"REPAIRED {damage.problem.partition('; it holds ')[0]}"
     for damage in report.damages:
         yield from _damage_lines(damage)
     bad = [one.checkpoint.id for one in report.checkpoints if not one.ok]
@@ -110,6 +138,7 @@ def _summary(report: VerifyReport) -> str:
     parts = [
         texts.count_text(len(report.checkpoints), "checkpoint"),
         f"{bad} damaged" if bad else "",
+        f"{texts.count_text(len(report.repaired), 'damage')} repaired" if report.repaired else "",
         texts.count_text(len(report.records), "damaged record") if report.records else "",
         f"{texts.size_text(report.read_bytes)} read",
         f"a sample of {report.sample:.4g}" if report.sample < 1 else "",

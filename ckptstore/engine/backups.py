@@ -62,6 +62,17 @@ class Backup:
             raise self._foreign(record.store_id, store_id)
         return scan(self.storage, store_id or (record.store_id if record else None), self._fates)
 
+    def admit(self, store: StoreRecord) -> None:
+        """Have it be a copy of ``store``.
+
+        Raises:
+            StorageError: it holds another store, or failed.
+        """
+        found = ensure_store(self.storage, like=store)
+        if found.store_id != store.store_id:
+            raise self._foreign(found.store_id, store.store_id)
+        try_out(self.storage)
+
     def claim(self, store: StoreRecord, number: int) -> None:
         """Be writer ``number`` there, too; once.
 
@@ -71,10 +82,7 @@ class Backup:
         """
         if self._claimed == number:
             return
-        found = ensure_store(self.storage, like=store)
-        if found.store_id != store.store_id:
-            raise self._foreign(found.store_id, store.store_id)
-        try_out(self.storage)
+        self.admit(store)
         check_fence(self.storage, number)
         if not claim_number(self.storage, store.store_id, number):
             raise StaleWriterError(f"{self.url}: writer {number} there is another run than this one")
@@ -86,8 +94,8 @@ class Backup:
 
     def _foreign(self, found: str, wanted: str) -> StorageError:
         return StorageError(
-            f"{self.url} holds another store ({found}) than the one it is to be the backup of ({wanted}): "
-            "give each run's backup a place of its own"
+            f"{self.url} holds another store ({found}) than the one that is to be copied there ({wanted}): "
+            "give each run's copy a place of its own"
         )
 
 

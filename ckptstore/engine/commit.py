@@ -53,6 +53,16 @@ def read_store(storage: Storage) -> StoreRecord:
     return unseal(storage.read(layout.STORE, limit=SMALL_LIMIT), layout.STORE, [StoreRecord])
 
 
+def new_store(known_id: str | None = None) -> StoreRecord:
+    """A ``store.json`` as it is written today."""
+    return StoreRecord(
+        store_id=known_id or secrets.token_hex(16),
+        digest=BLOCK_DIGEST,
+        created=now(),
+        created_by=f"ckptstore {__version__}",
+    )
+
+
 def ensure_store(storage: Storage, *, known_id: str | None = None, like: StoreRecord | None = None) -> StoreRecord:
     """``store.json``, created if missing; ``known_id`` is the store's id where its commits still tell it.
 
@@ -61,12 +71,7 @@ def ensure_store(storage: Storage, *, known_id: str | None = None, like: StoreRe
     Raises:
         IntegrityError: it is damaged, and no commit tells the id.
     """
-    record = like or StoreRecord(
-        store_id=known_id or secrets.token_hex(16),
-        digest=BLOCK_DIGEST,
-        created=now(),
-        created_by=f"ckptstore {__version__}",
-    )
+    record = like or new_store(known_id)
     try:
         return read_store(storage)
     except NotFoundError:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.catalogue import Checkpoint, Damage
 from ckptstore.engine.commit import commit, parse_fate
 from ckptstore.engine.reader import Contents, DataFile, Rescue, read_contents, read_sealed
+from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import ExistsError, FormatError, IntegrityError, NotFoundError, SaveFailedError, StorageError
 from ckptstore.format import layout
 from ckptstore.format.records import (
@@ -40,6 +42,53 @@ class Copied(NamedTuple):
     """How it was proven: read back, by a checksum that the server checked, or it was there already."""
     written_bytes: int
     """Of data files; what lay there already, and was good, is not written again."""
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What ``Store.copy`` did.
+
+    Attributes:
+        checkpoints: those that are in the target now, oldest first.
+        found: ids of those that were there already.
+        written_bytes: of data files.
+        damages: what kept a checkpoint from being copied.
+        seconds: time it took.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    found: Sequence[str]
+    written_bytes: int
+    damages: Sequence[Damage]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.damages
+
+
+def copy_each(
+    copier_of: Callable[[Checkpoint], Copier], chosen: Sequence[Checkpoint], progress: Progress | None
+) -> CopyReport:
+    """Copy ``chosen``, oldest first. One that is damaged is left out, and told.
+
+    Raises:
+        StorageError: a storage failed; another call goes on where this one ended.
+    """
+    begin = time.perf_counter()
+    meter = Meter(sum(c.stored_bytes for c in chosen), progress)
+    copied, found, written, damages = [], [], 0, []
+    for checkpoint in chosen:
+        try:
+            done = copier_of(checkpoint).copy(checkpoint, meter.add)
+        except (IntegrityError, FormatError, SaveFailedError) as error:
+            damages.append(Damage(error.key or layout.folder(checkpoint.order), str(error), checkpoint.id))
+            continue
+        copied.append(checkpoint)
+        written += done.written_bytes
+        if done.method == "found":
+            found.append(checkpoint.id)
+    return CopyReport(copied, found, written, damages, time.perf_counter() - begin)
 
 
 @dataclass(frozen=True)

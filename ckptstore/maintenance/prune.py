@@ -59,7 +59,7 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     now = time.time()
     reclaimed = _remove_records(storage, catalogue, entries, now - grace_s)
     # Only now, when the records are gone, do the commits tell what may be removed: see Lent.
-    catalogue = _settled(storage, catalogue)
+    catalogue = settled(storage, catalogue)
     leftovers, _ = find_leftovers(entries, catalogue, Lent(storage, catalogue))
     graves = {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
     copying = {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
@@ -151,7 +151,7 @@ def _remove_records(
     return removed
 
 
-def _settled(storage: Storage, catalogue: Catalogue) -> Catalogue:
+def settled(storage: Storage, catalogue: Catalogue) -> Catalogue:
     """The register as it stands now, when it is the same twice in a row.
 
     A listing may take time. One alone could miss a borrower that was reclaimed before the listing came to it, together

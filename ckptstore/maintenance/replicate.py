@@ -204,7 +204,7 @@ class Replicator:
         if number is not None:
             self._backup.claim(store, number)
         else:
-            ensure_store(self._backup.storage, like=store)
+            self._backup.admit(store)
 
     def _lacking(self, store: StoreRecord) -> Iterator[Checkpoint]:
         """What is to be copied, oldest first; receipts are given for what is there already."""

@@ -33,7 +33,7 @@ def test_json_has_full_ids_and_iso_times(run: Run, url: str, ids: list[str]) -> 
     answer = run("ls", url, "--json")
 
     assert answer.exit_code == 0
-    assert set(answer.json) == {"url", "checkpoints", "deleted", "damaged"}
+    assert set(answer.json) == {"url", "checkpoints", "deleted", "damaged", "backups"}
     assert [c["id"] for c in answer.json["checkpoints"]] == ids
     first = answer.json["checkpoints"][0]
     assert first["short"] == ids[0][:11]

@@ -25,7 +25,8 @@ def test_json_shape(run: Run, url: str, ids: list[str]) -> None:
     report = run("verify", url, "--json").json
 
     assert set(report) == {
-        *("url", "ok", "checkpoints", "records", "leftovers", "foreign", "sample", "read_bytes", "seconds")
+        *("url", "ok", "checkpoints", "records", "leftovers", "foreign", "sample", "read_bytes", "seconds"),
+        "repaired",
     }
     assert report["ok"] is True
     assert [c["id"] for c in report["checkpoints"]] == ids

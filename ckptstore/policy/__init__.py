@@ -1,0 +1,1 @@
+"""What to keep, as plain values: nothing here reads or writes."""
