@@ -33,11 +33,13 @@ from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance import keep as keeping
 from ckptstore.maintenance.evict import evict
 from ckptstore.maintenance.prune import PruneReport, prune
+from ckptstore.maintenance.repair import Repairer
 from ckptstore.maintenance.replicate import Replicator
+from ckptstore.maintenance.scrub import Scrubber
 from ckptstore.policy.retention import Keep
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
-from ckptstore.units import size_bytes
+from ckptstore.units import duration_s, size_bytes
 from ckptstore.view import View
 
 SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
@@ -54,6 +56,7 @@ class Store(View):
         *,
         durable: Durable,
         keep: Keep | None,
+        scrub_s: float | None,
         read_only: bool,
         shared: bool,
         compression: str,
@@ -78,6 +81,11 @@ class Store(View):
             Replicator(storage, self._finder, backup, self._carrier, lambda: self._dispatcher.claim.right, self._copied)
             for backup in self._finder.backups.all
         ]
+        self._scrubber: Scrubber | None = None
+        if scrub_s is not None and not read_only:
+            repairer = Repairer(storage, self._finder.backups.storages, self._carrier)
+            self._scrubber = Scrubber(self._finder, repairer, scrub_s, self._dispatcher.background.busy)
+            self._scrubber.start()
         self._pid = os.getpid()
         self._closed = False
 
@@ -118,6 +126,8 @@ class Store(View):
                     storage.close()
 
     def _end_copies(self) -> None:
+        if self._scrubber is not None:
+            self._scrubber.end()
         # All at once: they wait for different servers.
         for replicator in self._replicators:
             replicator.end()
@@ -337,6 +347,7 @@ def open(
     backup_options: Mapping[str, Any] | None = None,
     durable: Durable = "primary",
     keep: Keep | None = None,
+    scrub: float | str | None = None,
     read_only: bool = False,
     shared: bool = False,
     compression: str = "none",
@@ -355,6 +366,8 @@ def open(
         durable: when a save is done: as soon as it is durable at ``url`` ("primary"), or in every backup ("backup").
         keep: what stays at ``url`` of the checkpoints that every backup has, as ``last(2)``; backups keep all. What was
             let go is found and loaded from there as before.
+        scrub: read every block here again once in this time, as "7d" or in seconds, while no save runs in the
+            background; what is damaged is repaired from a backup, or logged as an error. None: not at all.
         read_only: for people who only look: every change is refused, and a missing store is an error.
         shared: let several processes save side by side; without it the newest to save owns the store.
         compression: "none", "zstd" or "float-zstd", both also with ":LEVEL", or "auto": encode where that makes saving
@@ -375,6 +388,7 @@ def open(
         raise FormatError(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
+    scrub_s = duration_s(scrub, "scrub") if scrub is not None else None
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     _check_durable(durable, bool(backup))
     if keep is not None and not backup:
@@ -387,6 +401,7 @@ def open(
         backups,
         durable=durable,
         keep=keep,
+        scrub_s=scrub_s,
         read_only=read_only,
         shared=shared,
         compression=compression,

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and durations as people write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from ckptstore.errors import FormatError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([kKMGT])(i?))?B", re.ASCII)
+_DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([smhd])", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
 _POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -23,3 +25,17 @@ def size_bytes(size: int | str, name: str = "size") -> int:
         raise FormatError(f"{name}: {size!r} is no size; write a number and a unit, as 100MB, 1GB or 1GiB")
     unit: int = (1024 if match[3] else 1000) ** _POWERS[match[2]]
     return round(float(match[1]) * unit)
+
+
+def duration_s(duration: float | str, name: str = "duration") -> float:
+    """``90s``, ``10m``, ``24h``, ``7d``, or a number of seconds, in seconds.
+
+    Raises:
+        FormatError: anything else; ``name`` says what it should have been.
+    """
+    if type(duration) in (int, float) and 0 <= float(duration) < float("inf"):
+        return float(duration)
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is None:
+        raise FormatError(f"{name}: {duration!r} is no duration; write a number and a unit, as 90s, 10m, 24h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]

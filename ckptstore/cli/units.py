@@ -10,10 +10,7 @@ from ckptstore import units
 from ckptstore.errors import FormatError
 
 _NUMBER = r"(\d{1,15}(?:\.\d{1,9})?)"
-_DURATION = re.compile(_NUMBER + r"([smhd])", re.ASCII)
 _SHARE = re.compile(_NUMBER + r"(%?)", re.ASCII)
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
 
 
 def duration_s(text: str) -> float:
@@ -22,10 +19,10 @@ def duration_s(text: str) -> float:
     Raises:
         click.BadParameter: anything else.
     """
-    match = _DURATION.fullmatch(text)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is no duration; write a number and a unit, as 90s, 10m, 24h or 7d")
-    return float(match[1]) * _SECONDS[match[2]]
+    try:
+        return units.duration_s(text)
+    except FormatError as error:
+        raise click.BadParameter(str(error).removeprefix("duration: ")) from error
 
 
 def size_bytes(text: str) -> int:

@@ -1,0 +1,117 @@
+"""Read everything again, slowly, while nothing else is to be done: damage is found before the bytes are needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.finder import Finder
+from ckptstore.engine.reader import BlockTask, Contents, open_file, read_contents, read_stored
+from ckptstore.engine.rescue import Rescuer
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError
+from ckptstore.format.tensorfile import BLOCK_BYTES
+from ckptstore.maintenance.keep import is_buried
+from ckptstore.maintenance.repair import Repairer
+
+_log = logging.getLogger("ckptstore")
+
+_BUSY_S = 0.2
+
+
+class Scrubber:
+    """Reads each block of a store once in ``period_s`` seconds, the newest checkpoint first, and repairs what is bad.
+
+    Args:
+        finder: of the store.
+        repairer: of its storage.
+        busy: while it says so, nothing is read.
+    """
+
+    def __init__(self, finder: Finder, repairer: Repairer, period_s: float, busy: Callable[[], bool]) -> None:
+        self.read_blocks = 0
+        self._finder, self._repairer, self._period_s, self._busy = finder, repairer, period_s, busy
+        self._ending = threading.Event()
+        self._told: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="ckptstore-scrub", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop, after the block that is being read."""
+        self._ending.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            try:
+                checkpoints = self._finder.scan().checkpoints
+                blocks = sum(-(-c.stored_bytes // BLOCK_BYTES) + c.files for c in checkpoints)
+                self._scrub(checkpoints, self._period_s / max(1, blocks))
+            except CheckpointError as error:
+                # Not reachable now, or deleted meanwhile: the next time will tell.
+                _log.debug("scrubbing was broken off: %s", error)
+                self._ending.wait(self._period_s / 100)
+            if not self._ending.is_set():
+                self._ending.wait(self._period_s / 1000)
+
+    def _scrub(self, checkpoints: Sequence[Checkpoint], pause_s: float) -> None:
+        proven: set[str] = set()
+        for checkpoint in reversed(checkpoints):
+            if self._ending.is_set():
+                return
+            with closing(Rescuer(self._repairer.others)) as rescuer:
+                try:
+                    self._checkpoint(checkpoint, rescuer, proven, pause_s)
+                except (IntegrityError, FormatError) as error:
+                    self._found(checkpoint, error)
+            if rescuer.met:
+                self._repair(rescuer)
+
+    def _checkpoint(self, checkpoint: Checkpoint, rescuer: Rescuer, proven: set[str], pause_s: float) -> None:
+        storage = self._repairer.storage
+        contents = read_contents(storage, checkpoint.record, rescuer)
+        for file in contents.files:
+            if file.key in proven:
+                continue
+            proven.add(file.key)
+            with closing(open_file(storage, file, checkpoint.id, rescuer)) as reader:
+                for task in self._paced(BlockTask(file, reader, n, []) for n in range(len(file.entry.blocks))):
+                    self._block(checkpoint, contents, task, rescuer)
+                    self._ending.wait(pause_s)
+
+    def _paced(self, tasks: Iterator[BlockTask]) -> Iterator[BlockTask]:
+        for task in tasks:
+            while self._busy() and not self._ending.is_set():
+                self._ending.wait(_BUSY_S)
+            if self._ending.is_set():
+                return
+            yield task
+
+    def _block(self, checkpoint: Checkpoint, contents: Contents, task: BlockTask, rescuer: Rescuer) -> None:
+        with self._repairer.carrier.pool.lease() as buffers:
+            try:
+                read_stored(contents, task, buffers[0], rescuer).release()
+            except IntegrityError as error:
+                self._found(checkpoint, error)
+        self.read_blocks += 1
+
+    def _found(self, checkpoint: Checkpoint, error: CheckpointError) -> None:
+        key = f"{error.key} {getattr(error, 'block', None)}"
+        if key not in self._told and not is_buried(self._repairer.storage, checkpoint):
+            self._told.add(key)
+            _log.error("damage found while scrubbing, and no backup to repair it from: %s", error)
+
+    def _repair(self, rescuer: Rescuer) -> None:
+        failures = self._repairer.noted(rescuer)
+        for damage in rescuer.met:
+            _log.warning("damage found while scrubbing: %s", damage.problem)
+        if failures:
+            _log.error("repairing it failed: %s", failures[0])
+        else:
+            _log.warning("it is repaired, from a backup")
