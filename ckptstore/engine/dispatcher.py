@@ -89,6 +89,12 @@ class Dispatcher:
         return handle
 
     def _save(self, job: Job, stage: Stage) -> Checkpoint:
+        checkpoint = self._save_here(job, stage)
+        # Without the lock: another thread may save while this one waits for a backup.
+        self._committed(checkpoint, job.durable)
+        return checkpoint
+
+    def _save_here(self, job: Job, stage: Stage) -> Checkpoint:
         step = job.facts.step
         with self.lock:
             # Again: capturing takes time, in which another thread may have closed the store.
@@ -103,9 +109,7 @@ class Dispatcher:
             another_id = lambda: self.claim.next_id(step, self._finder.view)[1]  # noqa: E731
             saver = Saver(self._tools, store, self._lender, self.claim.check_fence, another_id)
             self._lender = saver.save(id, job, stage)
-            checkpoint = Checkpoint.of(self._lender.record)
-            self._committed(checkpoint, job.durable)
-            return checkpoint
+            return Checkpoint.of(self._lender.record)
 
     def _earlier_lender(self, stage: Stage, step: int) -> Lender | None:
         """The newest checkpoint of an earlier process, if its files may be of use."""

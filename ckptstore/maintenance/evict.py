@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 from ckptstore.engine.backups import Backups
 from ckptstore.engine.catalogue import Catalogue, Checkpoint
@@ -18,11 +18,14 @@ from ckptstore.maintenance.prune import settled
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
 
+_LOCK_S = 1.0
 
-def evict(storage: Storage, finder: Finder, keep: Keep, lock: AbstractContextManager[object]) -> list[str]:
+
+def evict(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock) -> list[str]:
     """Remove from ``storage`` what ``keep`` doesn't keep, if every backup has it whole; the ids that went.
 
-    ``lock`` keeps this process's saves away while something is removed, not while the backups are asked.
+    ``lock`` keeps this process's saves away while something is removed, not while the backups are asked. Where a save
+    has it, which may be waiting for this very thread, the next time will do.
 
     The order is that of deleting and pruning, and for the same reasons: a tombstone, which holds respect; the commit
     record; then the files that nobody borrows; the tombstone last, as it would hide what the backups have.
@@ -36,10 +39,14 @@ def evict(storage: Storage, finder: Finder, keep: Keep, lock: AbstractContextMan
     if not going:
         return []
     safe = _whole_in_all(finder.backups, going[0].record.store_id, going)
-    with lock:
+    if not lock.acquire(timeout=_LOCK_S):
+        return []
+    try:
         gone = [c for c in going if c.id in safe and _take_away(storage, c)]
         _remove_files(storage, own, gone)
         storage.delete([layout.tombstone_key(c.order) for c in gone])
+    finally:
+        lock.release()
     return [c.id for c in gone]
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "ls": (),
     "show": (),
     "verify": (),
+    "copy": ("memory://target of a copy",),
     "hold": ("latest", "name"),
     "release": ("name",),
     "delete": ("latest", "--yes"),
