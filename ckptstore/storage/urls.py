@@ -14,15 +14,19 @@ from ckptstore.storage.local import LocalStorage
 from ckptstore.storage.memory import MemoryStorage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+._-]+::[A-Za-z][A-Za-z0-9+.-]+:/", re.DOTALL)
+_OURS = {"file", "local", "memory"}
 
 
 def open_storage(
     url: str | os.PathLike[str], *, read_only: bool = False, options: Mapping[str, Any] | None = None
 ) -> Storage:
-    """The storage at a path, ``file:///absolute/path``, ``memory://name`` or ``s3://bucket/prefix``. Creates nothing.
+    """The storage at a path, ``file:///absolute/path``, ``memory://name``, ``s3://bucket/prefix`` or in whatever else
+    fsspec knows. Creates nothing.
 
     Args:
-        options: credentials, endpoint and the like, of ``s3fs.S3FileSystem``.
+        options: credentials, endpoint and the like, of ``s3fs.S3FileSystem``, or of the class that fsspec has for the
+            scheme.
 
     Raises:
         NotFoundError: opened read-only, and there is nothing.
@@ -31,23 +35,23 @@ def open_storage(
     """
     text = os.fspath(url)
     match = _SCHEME.match(text)
-    if options and (match is None or match[1].lower() != "s3"):
-        raise StorageError(f"storage_options={sorted(options)} are for s3:// URLs; leave them out")
+    if options and (match is None or match[1].lower() in _OURS):
+        raise StorageError(f"storage_options={sorted(options)} are for storage far away; leave them out")
+    if match is None and _CHAIN.match(text):
+        raise StorageError(f"{text.partition('::')[0]}:: is not supported: give the URL of the storage itself")
     if match is None:
         return LocalStorage(_expanded(text), read_only=read_only)
     scheme, rest = match[1].lower(), match[3]
     if not match[2]:
         raise StorageError(f"a URL needs two slashes, {scheme}://; pathlib.Path removes one, so give it as text")
     _refuse_secrets(scheme, rest)
-    if scheme == "file":
+    if scheme in ("file", "local"):
         return LocalStorage(_file_path(rest), read_only=read_only)
     if scheme == "memory":
         return _open_memory(rest, read_only=read_only)
-    if scheme == "s3":
+    if scheme in ("s3", "s3a"):
         return _open_s3(rest, options or {}, read_only=read_only)
-    raise StorageError(
-        f"{scheme}:// is not supported. Give a path, file:///absolute/path, memory://name or s3://bucket/prefix"
-    )
+    return _open_generic(scheme, rest, options or {}, read_only=read_only)
 
 
 def _expanded(path: str) -> str:
@@ -85,6 +89,18 @@ def _open_s3(rest: str, options: Mapping[str, Any], *, read_only: bool) -> Stora
     except ImportError as error:
         raise StorageError(f"s3:// needs {error.name}: pip install 'ckptstore[s3]'") from error
     return S3Storage(bucket, prefix, options, read_only=read_only)
+
+
+def _open_generic(scheme: str, rest: str, options: Mapping[str, Any], *, read_only: bool) -> Storage:
+    place = rest.strip("/")
+    if not place:
+        raise StorageError(f"a URL needs a place: {scheme}://bucket/prefix, or {scheme}://host/path")
+    if "//" in place or {".", ".."} & set(place.split("/")) or any(ord(letter) < ord(" ") for letter in rest):
+        raise StorageError(f"{rest!r} is no place: empty names, '..' and control characters are not allowed")
+    # Imported here: it takes a while, and needs packages that others do without.
+    from ckptstore.storage.generic import GenericStorage
+
+    return GenericStorage(scheme, place, options, read_only=read_only)
 
 
 def _open_memory(name: str, *, read_only: bool) -> Storage:

@@ -12,15 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import s3fs
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from ckptstore.errors import StorageError
+from ckptstore.storage.retrying import DEADLINE_S, tries
 from ckptstore.storage.s3.failures import is_transient, translate
 
 T = TypeVar("T")
 
-DEADLINE_S = 120.0
-"""For one request, all its tries included."""
 _CONNECTIONS = 64
 _CONFIG = {
     "connect_timeout": 10,
@@ -59,12 +57,7 @@ class S3Client:
             )
         except (TypeError, ValueError) as error:
             raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {error}") from None
-        self._tries = Retrying(
-            stop=stop_after_delay(deadline_s),
-            wait=wait_random_exponential(multiplier=0.2, max=10),
-            retry=retry_if_exception(is_transient),
-            reraise=True,
-        )
+        self._tries = tries(is_transient, deadline_s)
 
     def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str) -> T:
         """``work``, some requests, from any thread; again as long as what it raises is transient.

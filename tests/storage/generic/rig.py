@@ -1,0 +1,67 @@
+"""File systems of fsspec under names of their own, as tests need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+def register(protocol: str, cls: type[fsspec.AbstractFileSystem]) -> None:
+    """Let URLs of ``protocol`` mean ``cls``."""
+    fsspec.register_implementation(protocol, cls, clobber=True)
+
+
+class MemoryRaw:
+    """The objects below ``root`` of fsspec's memory, past the code under test."""
+
+    def __init__(self, root: str) -> None:
+        self.root = f"/{root}/"
+
+    def get(self, key: str) -> bytes:
+        data: bytes = MemoryFileSystem.store[self.root + key].getvalue()
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        MemoryFileSystem().pipe_file(self.root + key, data)
+
+    def keys(self) -> list[str]:
+        return sorted(name.removeprefix(self.root) for name in MemoryFileSystem.store if name.startswith(self.root))
+
+
+class FolderRaw:
+    """The files below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / key).write_bytes(data)
+
+    def keys(self) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+
+
+class VanishingContract:
+    """For storage where nothing is left to read of an object that was removed."""
+
+    def test_open_reader_survives_deletion(self, storage: Any, raw: Any) -> None:
+        """It can't. Then that is said, and no other object's bytes are taken for it."""
+        import pytest
+
+        from ckptstore.errors import IntegrityError
+
+        raw.put("a", b"x" * 5000)
+        reader = storage.open_reader("a")
+        storage.delete(["a"])
+        with pytest.raises(IntegrityError, match="removed while it was read"):
+            reader.read_into(0, memoryview(bytearray(5000)))
+        raw.put("a", b"y" * 4000)
+        with pytest.raises(IntegrityError, match="replaced while it was read"):
+            reader.read_into(0, memoryview(bytearray(5000)))
