@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from fsspec.registry import _registry
 
 from ckptstore.errors import NotFoundError, StorageError
 from ckptstore.storage import LocalStorage, MemoryStorage, open_storage
@@ -55,10 +57,41 @@ def test_memory_storages_share_by_name() -> None:
     assert open_storage(name + "-other").list("") == []
 
 
-@pytest.mark.parametrize("scheme", ["gs", "https", "ftp"])
+@pytest.mark.parametrize("scheme", ["nonsense", "zip", "simplecache"])
 def test_other_schemes_are_refused_by_name(scheme: str) -> None:
-    with pytest.raises(StorageError, match=rf"{scheme}:// .*file:///.*memory://"):
+    with pytest.raises(StorageError, match=rf"{scheme}:// .*file:///.*memory://.*\bgs\b"):
         open_storage(f"{scheme}://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("gs", r"ckptstore\[gcs\]"), ("abfs", r"ckptstore\[azure\]"), ("oci", "ocifs"), ("sftp", "paramiko")],
+)
+def test_a_missing_package_is_named(scheme: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gcsfs", "adlfs", "ocifs", "paramiko", "fsspec.implementations.sftp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(_registry, scheme, raising=False)
+
+    with pytest.raises(StorageError, match=f"pip install '?{package}"):
+        open_storage(f"{scheme}://bucket/x")
+
+
+def test_chains_of_file_systems_are_refused() -> None:
+    """A cache between the store and its storage would answer from yesterday."""
+    with pytest.raises(StorageError, match="simplecache:: is not supported"):
+        open_storage("simplecache::s3://bucket/x")
+
+
+def test_options_belong_to_storage_far_away(tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}", "memory://options"):
+        with pytest.raises(StorageError, match="leave them out"):
+            open_storage(url, options={"key": "x"})
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:///", "gs://bucket//x", "gs://bucket/../other", "sftp://host/a\nb"])
+def test_what_is_no_place_is_refused(url: str) -> None:
+    with pytest.raises(StorageError, match="place"):
+        open_storage(url)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +103,9 @@ def test_other_schemes_are_refused_by_name(scheme: str) -> None:
         "s3://bucket/x?X-Amz-Signature=hunter2",
         "file:///x?token=hunter2",
         "file:///x#hunter2",
+        "sftp://user:hunter2@host/x",
+        "https://user:hunter2@host/x",
+        "https://host/x?sig=hunter2",
     ],
 )
 def test_urls_with_secrets_are_refused_without_repeating_them(url: str) -> None:

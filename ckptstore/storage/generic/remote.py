@@ -21,9 +21,10 @@ from ckptstore.storage.retrying import DEADLINE_S, tries
 
 T = TypeVar("T")
 
-PACKED = set(
-    "async_wrapper blockcache cached data dir filecache generic libarchive reference simplecache tar zip".split()
-)
+PACKED = {
+    *("async_wrapper", "asynclocal", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic"),
+    *("libarchive", "reference", "simplecache", "tar", "zip"),
+}
 """Protocols that are no places of their own, but something around another one."""
 
 
@@ -34,7 +35,6 @@ class Remote:
         protocol: its name in fsspec.
         place: what follows ``protocol://`` in the URL.
         options: of the file system's class.
-        deadline_s: how long a request is tried again, in seconds.
 
     Attributes:
         url: without credentials.
@@ -46,13 +46,11 @@ class Remote:
         UnavailableError: there is no connection, where the class makes one at once.
     """
 
-    def __init__(
-        self, protocol: str, place: str, options: Mapping[str, Any], *, deadline_s: float = DEADLINE_S
-    ) -> None:
+    def __init__(self, protocol: str, place: str, options: Mapping[str, Any]) -> None:
         place = place.rstrip("/")
         self.url = f"{protocol}://{place}"
         self._mask, self._pid = Mask(options), os.getpid()
-        self._tries = tries(is_transient, deadline_s)
+        self._tries = tries(is_transient, DEADLINE_S)
         cls = _file_system_class(protocol)
         failed = None
         try:
@@ -164,9 +162,9 @@ class Remote:
 
 
 def _file_system_class(protocol: str) -> Any:
-    known = fsspec.available_protocols()
+    known = {*fsspec.available_protocols(), *fsspec.registry}
     if protocol in PACKED or protocol not in known:
-        names = ", ".join(sorted(set(known) - PACKED - {"file", "local", "memory", "s3", "s3a"}))
+        names = ", ".join(sorted(known - PACKED - {"file", "local", "memory", "s3", "s3a"}))
         raise StorageError(
             f"{protocol}:// is not supported. Give a path, file:///absolute/path, memory://name, s3://bucket/prefix, "
             f"or what fsspec knows: {names}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+
+from ckptstore.errors import IntegrityError
 
 
 def register(protocol: str, cls: type[fsspec.AbstractFileSystem]) -> None:
@@ -53,10 +56,6 @@ class VanishingContract:
 
     def test_open_reader_survives_deletion(self, storage: Any, raw: Any) -> None:
         """It can't. Then that is said, and no other object's bytes are taken for it."""
-        import pytest
-
-        from ckptstore.errors import IntegrityError
-
         raw.put("a", b"x" * 5000)
         reader = storage.open_reader("a")
         storage.delete(["a"])
@@ -65,3 +64,50 @@ class VanishingContract:
         raw.put("a", b"y" * 4000)
         with pytest.raises(IntegrityError, match="replaced while it was read"):
             reader.read_into(0, memoryview(bytearray(5000)))
+
+
+class Injected(ConnectionResetError):
+    """The fault that tests inject."""
+
+
+class BrokenFile:
+    """Writes half of what it is given, then breaks; closing publishes that half, as fsspec's own files do."""
+
+    def __init__(self, file: Any, fired: list[str], path: str) -> None:
+        self._file, self._fired, self._path = file, fired, path
+
+    def write(self, data: Any) -> int:
+        self._file.write(data[: len(data) // 2])
+        self._fired.append(self._path)
+        raise Injected("the connection broke")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> BrokenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FragileFileSystem(MemoryFileSystem):
+    """fsspec's memory, through files alone: each path that contains ``breaking`` breaks in the midst of a write."""
+
+    protocol = "fragile"
+    breaking: ClassVar[str | None] = None
+    fired: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("fragile://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        with self.open(path, "wb") as file:
+            file.write(value)
+
+    def _open(self, path: str, mode: str = "rb", **how: Any) -> Any:
+        file = super()._open(path, mode, **how)
+        if mode != "rb" and self.breaking is not None and self.breaking in path:
+            return BrokenFile(file, self.fired, path)
+        return file
