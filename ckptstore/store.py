@@ -358,8 +358,9 @@ def open(
     """Open the store at ``url``; nothing is created before the first save.
 
     Args:
-        url: a path, ``file:///path``, ``memory://name`` or ``s3://bucket/prefix``.
-        storage_options: for s3, those of ``s3fs.S3FileSystem``. None: from the usual AWS environment.
+        url: a path, ``memory://name``, ``s3://bucket/prefix``, ``gs://…``, ``az://…``, ``sftp://host/path``,
+            ``https://…`` (to read from), or any other URL that fsspec knows; without a password in it.
+        storage_options: of ``s3fs.S3FileSystem``, or fsspec's class for the scheme. None: from the usual environment.
         backup: one or more places, as ``url``, to which every checkpoint is copied in the background, in order. What is
             damaged or lost at ``url`` is taken from there. A backup belongs to one store.
         backup_options: for the backups, as ``storage_options``.

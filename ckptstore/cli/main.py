@@ -58,7 +58,8 @@ class CommandGroup(click.Group):
 def cli() -> None:
     """Look at, prove and keep the checkpoints of training runs.
 
-    URL is a path, file:///path or s3://bucket/prefix. Looking never disturbs a running job.
+    URL is a path, file:///path, s3://bucket/prefix, or any other that fsspec knows: gs://, az://, sftp://, https://.
+    Looking never disturbs a running job.
 
     SELECTOR names one checkpoint: latest, best:METRIC (or best:METRIC:max), step:1000, epoch:3,
     milestone:1B, a hold's name, or the beginning of an id.

@@ -8,11 +8,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch
 
+import ckptstore as cs
 from ckptstore.storage.generic import GenericStorage
 from tests.remote import servers
 from tests.storage.contract import StorageContract
-from tests.storage.generic.rig import VanishingContract
+from tests.storage.generic.rig import BucketContract, VanishingContract
 
 pytestmark = [
     pytest.mark.full,
@@ -39,7 +41,7 @@ class FileSystemRaw:
         return sorted(name.removeprefix(self.root) for name in self.fs.find(self.root.rstrip("/")))
 
 
-class _Emulated(VanishingContract, StorageContract):
+class _Emulated(VanishingContract, BucketContract, StorageContract):
     rounds = 5
 
     @pytest.fixture
@@ -50,6 +52,23 @@ class _Emulated(VanishingContract, StorageContract):
     @pytest.fixture
     def storage(self, reopen: Callable[..., GenericStorage]) -> GenericStorage:
         return reopen()
+
+    def test_a_store_lives_there(self, place: tuple[str, str, dict[str, Any], Any]) -> None:
+        """Blocks of several files, some of them larger than what goes up in one request."""
+        protocol, path, options, _ = place
+        values = torch.arange(10_000_000)
+        with cs.open(f"{protocol}://{path}", storage_options=options) as store:
+            for step in (1, 2):
+                store.save({"values": values + step}, step=step)
+            assert store.verify().ok
+            store.delete("step:1")
+            assert len(store.prune(grace_s=0).reclaimed) == 1
+            assert torch.equal(store.load("latest")["values"], values + 2)
+            assert [checkpoint.step for checkpoint in store.checkpoints()] == [2]
+
+    @pytest.fixture
+    def elsewhere(self, place: tuple[str, str, dict[str, Any], Any]) -> GenericStorage:
+        return GenericStorage(place[0], "nobodys-bucket/runs", place[2])
 
     @pytest.fixture
     def raw(self, place: tuple[str, str, dict[str, Any], Any]) -> FileSystemRaw:

@@ -10,10 +10,10 @@ from ckptstore.storage.generic import GenericStorage
 from tests.s3.seaweed import Seaweed
 from tests.s3.test_contract import BucketRaw
 from tests.storage.contract import StorageContract
-from tests.storage.generic.rig import VanishingContract
+from tests.storage.generic.rig import BucketContract, VanishingContract
 
 
-class TestGenericBucket(VanishingContract, StorageContract):
+class TestGenericBucket(VanishingContract, BucketContract, StorageContract):
     rounds = 2
 
     @pytest.fixture
@@ -27,3 +27,7 @@ class TestGenericBucket(VanishingContract, StorageContract):
     @pytest.fixture
     def storage(self, reopen: Callable[..., GenericStorage]) -> GenericStorage:
         return reopen()
+
+    @pytest.fixture
+    def elsewhere(self, server: Seaweed) -> GenericStorage:
+        return GenericStorage("s3", "nobodys-bucket/runs", server.options)

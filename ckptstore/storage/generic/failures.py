@@ -73,10 +73,18 @@ def status_of(error: BaseException) -> int:
 def is_missing(error: BaseException) -> bool:
     """Whether the object isn't there. That its server can't be reached is something else."""
     if not isinstance(error, FileNotFoundError):
-        return False
+        return status_of(error) == 404
     # fsspec's HTTPFileSystem calls every failure to look at a file "not found", and keeps the cause.
     causes = list(_chain(error))[1:]
-    return not any(is_transient(cause) or _is_denied(cause) for cause in causes)
+    return not any(is_transient(cause) or is_denied(cause) for cause in causes)
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the credentials are missing, wrong, or don't allow it."""
+    if status_of(error) in (401, 403) or _is_called(error, _DENIED):
+        return True
+    # gcsfs makes no more of it than a text.
+    return type(error) is OSError and str(error).startswith("Forbidden")
 
 
 def is_taken(error: BaseException) -> bool:
@@ -86,7 +94,7 @@ def is_taken(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    if isinstance(error, CheckpointError) or _is_denied(error) or is_taken(error):
+    if isinstance(error, CheckpointError) or is_denied(error) or is_taken(error):
         return False
     if isinstance(error, FileNotFoundError):
         return not is_missing(error)
@@ -95,14 +103,15 @@ def is_transient(error: BaseException) -> bool:
         return status in _BUSY
     if isinstance(error, Incomplete | socket.gaierror) or _is_called(error, _NEVER_SENT | _NO_ANSWER):
         return True
-    return isinstance(error, OSError) and error.errno in _BUSY_ERRNOS
+    # paramiko makes no more than a text of a connection that is gone.
+    return isinstance(error, OSError) and (error.errno in _BUSY_ERRNOS or str(error) == "Socket is closed")
 
 
 def may_be_applied(error: BaseException) -> bool:
     """Whether the server may have done what it was asked for. What isn't known may have done anything."""
     if isinstance(error, FileNotFoundError | ConnectionRefusedError | socket.gaierror | NotImplementedError):
         return False
-    if is_taken(error) or _is_denied(error) or _is_called(error, _NEVER_SENT):
+    if is_taken(error) or is_denied(error) or _is_called(error, _NEVER_SENT):
         return False
     status = status_of(error)
     return status >= 500 or status < 300
@@ -123,7 +132,7 @@ def translate(error: Exception, doing: str, where: str, key: str, said: str, *, 
     outcome: Any = "unknown" if unsure else "failed"
     if isinstance(error, OSError) and error.errno in _FULL:
         return StorageFullError(f"{place}: {said}", outcome=outcome, key=key)
-    if _is_denied(error):
+    if is_denied(error):
         return UnavailableError(
             f"{place}: {said}. Give credentials by the environment or storage_options, and see what they allow",
             transient=False,
@@ -135,13 +144,6 @@ def translate(error: Exception, doing: str, where: str, key: str, said: str, *, 
     if is_transient(error):
         return UnavailableError(f"{place}: {said}", outcome=outcome, key=key)
     return StorageError(f"{place}: {said}", outcome=outcome, key=key)
-
-
-def _is_denied(error: BaseException) -> bool:
-    if status_of(error) in (401, 403) or _is_called(error, _DENIED):
-        return True
-    # gcsfs makes no more of it than a text.
-    return type(error) is OSError and str(error).startswith("Forbidden")
 
 
 def _is_called(error: BaseException, names: set[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptstore.errors import StorageError
 from ckptstore.storage.base import Entry
-from ckptstore.storage.generic.failures import is_missing
+from ckptstore.storage.generic.failures import is_denied, is_missing
 from ckptstore.storage.generic.remote import Remote
 from ckptstore.storage.generic.traits import overrides
 
@@ -66,14 +66,13 @@ def _check_place(remote: Remote) -> None:
         bucket = remote.root.partition("/")[0]
         try:
             remote.call("info", bucket)
-        except FileNotFoundError as error:
+        except Exception as error:
             if is_missing(error):
                 message = f"{remote.url}: there is no bucket {bucket!r}; make it first, or mend the URL"
                 raise StorageError(message) from error
-            raise
-        except PermissionError:
             # Who may use what lies in a bucket needn't be allowed to look at the bucket.
-            pass
+            if not is_denied(error):
+                raise
 
 
 def _looked_at(remote: Remote, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:

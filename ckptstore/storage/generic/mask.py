@@ -22,8 +22,8 @@ class Mask:
         self._secrets = sorted(found, key=len, reverse=True)
 
     def text(self, error: BaseException) -> str:
-        """What ``error`` is and says, short, each secret as ``***``."""
-        return f"{type(error).__name__}: {self.hide(str(error))}"[:300]
+        """What ``error`` is and says, in one short line, each secret as ``***``."""
+        return f"{type(error).__name__}: {' '.join(self.hide(str(error)).split())}"[:300]
 
     def hide(self, text: str) -> str:
         """``text`` with each secret as ``***``."""

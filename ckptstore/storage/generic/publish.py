@@ -94,7 +94,7 @@ def in_folder(remote: Remote, path: str, work: Callable[[], Any]) -> Any:
 
 def _opened(remote: Remote, path: str) -> Any:
     try:
-        return remote.call("open", path, "xb")
+        return remote.call("open", path, remote.traits.open_mode)
     except FileExistsError:
         raise
     except OSError as error:

@@ -111,6 +111,7 @@ class Remote:
         if self._turn is None:
             return work()
         with self._turn:
+            self._revive()
             return work()
 
     def info(self, path: str) -> dict[str, Any]:
@@ -125,11 +126,19 @@ class Remote:
         """Whether there is an object. fsspec's own ``exists`` takes every failure for a no."""
         try:
             self.info(path)
-        except FileNotFoundError as error:
+        except Exception as error:
             if is_missing(error):
                 return False
             raise
         return True
+
+    def _revive(self) -> None:
+        """Connect again where a connection was kept that is no more: SFTPFileSystem doesn't by itself."""
+        client: Any = getattr(self._fs, "client", None)
+        if hasattr(client, "get_transport") and hasattr(self._fs, "_connect"):
+            transport = client.get_transport()
+            if transport is None or not transport.is_active():
+                self._fs._connect()
 
     def _wait(self, coroutine: Any) -> Any:
         running = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)

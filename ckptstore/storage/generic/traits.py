@@ -24,6 +24,8 @@ class Traits:
     looking first, which is enough where there is one process, and weaker where there are more."""
     durability: Literal["power-cut", "process-crash", "none"] = "process-crash"
     """What an acknowledged write survives, as far as anybody knows."""
+    open_mode: str = "xb"
+    """Which opens for writing what isn't there yet, where that is how things are created."""
     folders: bool = False
     """Folders are there by themselves: made before writing, removed when they are empty."""
     threads: bool = False
@@ -46,7 +48,7 @@ _KNOWN = {
     ("fsspec", "MemoryFileSystem"): Traits("copy", "one process", "none", threads=True),
     ("fsspec", "LocalFileSystem"): Traits("rename", "exclusive open", folders=True, threads=True),
     # One connection, whose answers go to whoever reads it first.
-    ("fsspec", "SFTPFileSystem"): Traits("rename", "exclusive open", folders=True),
+    ("fsspec", "SFTPFileSystem"): Traits("rename", "exclusive open", open_mode="wxb", folders=True),
     ("fsspec", "HTTPFileSystem"): Traits("never", "look first", threads=True, by_links=True),
 }
 

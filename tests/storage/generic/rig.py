@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckptstore.errors import IntegrityError
+from ckptstore.errors import IntegrityError, StorageError
 
 
 def register(protocol: str, cls: type[fsspec.AbstractFileSystem]) -> None:
@@ -111,3 +111,18 @@ class FragileFileSystem(MemoryFileSystem):
         if mode != "rb" and self.breaking is not None and self.breaking in path:
             return BrokenFile(file, self.fired, path)
         return file
+
+
+class BucketContract:
+    """For storage whose paths begin with a bucket."""
+
+    def test_a_missing_bucket_is_no_empty_store(self, elsewhere: Any) -> None:
+        with pytest.raises(StorageError, match="bucket"):
+            elsewhere.list("")
+        with pytest.raises(StorageError, match="no such bucket") as caught:
+            elsewhere.create("a", b"x")
+        assert caught.value.outcome == "failed"
+        writer = elsewhere.open_writer("b")
+        with pytest.raises(StorageError, match="no such bucket"):
+            writer.finish()
+        writer.abort()
