@@ -15,7 +15,7 @@ def fetch(remote: Remote, path: str, offset: int, length: int, size: int) -> byt
     """
     if not length:
         return b""
-    data: bytes = remote.call("cat_file", path, start=offset, end=offset + length)
+    data = remote.read(path, offset, offset + length)
     if len(data) == size != length:
         # A web server that doesn't know ranges sends everything.
         data = data[offset : offset + length]

@@ -114,6 +114,13 @@ class Remote:
             self._revive()
             return work()
 
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """The bytes from ``start`` to ``end``, or as many as the answer has."""
+        if self.traits.asks_ahead:
+            return self.locked(lambda: self._read_ahead(path, start, end))
+        data: bytes = self.call("cat_file", path, start=start, end=end)
+        return data
+
     def info(self, path: str) -> dict[str, Any]:
         """What the file system knows of one object, asked anew."""
         self._fs.invalidate_cache()
@@ -131,6 +138,10 @@ class Remote:
                 return False
             raise
         return True
+
+    def _read_ahead(self, path: str, start: int, end: int) -> bytes:
+        with self._fs.open(path, "rb") as file:
+            return b"".join(file.readv([(start, end - start)]))
 
     def _revive(self) -> None:
         """Connect again where a connection was kept that is no more: SFTPFileSystem doesn't by itself."""

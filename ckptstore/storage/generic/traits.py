@@ -32,6 +32,8 @@ class Traits:
     """Several threads may ask at once."""
     copies: bool = True
     """A copy within the storage is complete when the request for it returns."""
+    asks_ahead: bool = False
+    """A file has ``readv``, which asks for a whole range at once, where ``read`` waits for each small piece of it."""
     bucket: bool = False
     """Paths begin with a bucket, which may be missing."""
     by_links: bool = False
@@ -48,7 +50,7 @@ _KNOWN = {
     ("fsspec", "MemoryFileSystem"): Traits("copy", "one process", "none", threads=True),
     ("fsspec", "LocalFileSystem"): Traits("rename", "exclusive open", folders=True, threads=True),
     # One connection, whose answers go to whoever reads it first.
-    ("fsspec", "SFTPFileSystem"): Traits("rename", "exclusive open", open_mode="wxb", folders=True),
+    ("fsspec", "SFTPFileSystem"): Traits("rename", "exclusive open", open_mode="wxb", folders=True, asks_ahead=True),
     ("fsspec", "HTTPFileSystem"): Traits("never", "look first", threads=True, by_links=True),
 }
 
