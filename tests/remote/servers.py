@@ -1,4 +1,4 @@
-"""Servers that speak as Google's and Azure's storage do, on loopback, where they are installed."""
+"""Servers that speak as Google's and Azure's storage do, or SFTP, on loopback, where they are installed."""
 
 from __future__ import annotations
 
@@ -80,3 +80,9 @@ def _bundled_gcs() -> str | None:
     folders = spec.submodule_search_locations if spec else None
     found = [path for folder in folders or () for path in Path(folder).rglob("fake-gcs-server-linux-amd64")]
     return str(found[0]) if found else None
+
+
+def sftp(folder: Path, port: int | None = None) -> Server:
+    """asyncssh's, which must be installed."""
+    port = port or free_port()
+    return Server([sys.executable, str(Path(__file__).with_name("sftp_server.py")), str(port)], port, folder)
