@@ -26,6 +26,8 @@ _TITLES = {
     "read_after_write": "what was written is read",
     "list_after_write": "what was written is listed",
     "delete": "what was deleted is gone, nothing else",
+    "read_ranges": "parts of an object can be read",
+    "refuse_existing": "what exists is refused",
     "process_end": "survives the end of the process",
     "power_cut": "survives a power cut",
 }
@@ -40,6 +42,12 @@ _DIRECT_IO = {
     "used": "direct: blocks bypass the page cache",
     "refused": "buffered: {kind} refuses direct I/O, so blocks go through the page cache",
     "not asked": "buffered: {kind} isn't asked for direct I/O",
+    "no file system": "requests over the network: {kind} is no file system",
+}
+
+_DAMAGED = {
+    True: "refused there, by a checksum that is sent along",
+    False: "noticed when it is read back, as every block and record has a hash",
 }
 
 
@@ -52,19 +60,21 @@ def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:
     """Tell whether checkpoints are safe at URL.
 
     Tries what ckptstore relies on: races of 16 threads for one name, small objects created, read, listed and
-    deleted. Then measures: the latency of a small durable creation, and blocks of 16 MiB (random bytes, --size in
-    all) written durably and read cold, with 1, 2 and 4 in flight. What survives a power cut can't be tried; there
-    the storage is asked.
+    deleted, what exists refused. Then measures: the latency of a small durable creation, and blocks of 16 MiB (random
+    bytes, --size in all) written durably and read cold, with 1, 2 and 4 in flight, over the network with 1, 4, 8 and
+    16. What survives a power cut can't be tried; there the storage is asked.
 
-    There need be no store at URL; where there is no folder either, the nearest one above it is tried. All goes into
-    doctor-... there and is removed afterwards, also after Ctrl-C. Needs free space of 2 times --size, and no PyTorch.
+    There need be no store at URL; where there is no folder either, the nearest one above it is tried, but a bucket
+    must be there. All goes into doctor-... there and is removed afterwards, also after Ctrl-C. Needs free space of 2
+    times --size, and no PyTorch. Over the network 4 times --size go each way.
 
     \b
       ckptstore doctor /mnt/checkpoints
       ckptstore doctor runs --size 1GB --json
+      ckptstore doctor s3://bucket/runs
 
-    Exit codes: 0 all promises hold; 1 some don't; 2 URL can't be reached or written to, too little space or wrong
-    use.
+    Exit codes: 0 all promises hold; 1 some don't; 2 URL can't be reached or written to, or can't do what nothing
+    works without, too little space or wrong use.
     """
     from ckptstore.tools.doctor import examine
 
@@ -88,7 +98,9 @@ def _document(url: str, report: Report) -> dict[str, Any]:
         "kind": report.kind,
         "ok": report.ok,
         "promises": [{"name": it.name, "holds": it.holds, "detail": it.detail} for it in report.promises],
+        "consequences": list(report.consequences),
         "durability": report.durability,
+        "checks_writes": report.checks_writes,
         "direct_io": report.direct_io,
         "free_bytes": report.free_bytes,
         "create": {
@@ -123,6 +135,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield f"{texts.size_text(report.size_bytes)} in blocks of 16 MiB; written until durable, read cold"
     yield ""
     yield _summary(report)
+    yield from (f"  {consequence}" for consequence in report.consequences)
 
 
 def _promises(report: Report) -> Table:
@@ -140,6 +153,7 @@ def _figures(report: Report) -> Table:
     made.add_row("kind", plain(report.kind))
     made.add_row("durability", f"{report.durability}: {_DURABILITY[report.durability]}")
     made.add_row("I/O", plain(_DIRECT_IO[report.direct_io].format(kind=report.kind)))
+    made.add_row("damage on the way", _DAMAGED[report.checks_writes])
     made.add_row("free space", "not known" if report.free_bytes is None else texts.size_text(report.free_bytes))
     made.add_row("small durable creation", f"{latency}, median of {len(report.create_s)}")
     return made

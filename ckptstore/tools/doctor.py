@@ -12,13 +12,14 @@ from typing import Literal
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from ckptstore.errors import StateError, StorageFullError
-from ckptstore.storage import Storage, open_storage
+from ckptstore.maintenance.prune import UNCERTAIN_GRACE_S
+from ckptstore.storage import Capabilities, Storage, open_storage
 from ckptstore.storage.posix import os_errors
 from ckptstore.tools.blocks import BlockObject, Speed
-from ckptstore.tools.promises import Promise, Scratch, durability, racing, scratch, small_objects
+from ckptstore.tools.promises import Promise, Scratch, abilities, durability, racing, scratch, small_objects
 
 IN_FLIGHT = (1, 2, 4)
-"""Blocks under way at once, in the order in which they are measured."""
+"""Blocks under way at once, in the order in which they are measured, where storage is near."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is tried, trials done and trials in all."""
@@ -37,19 +38,23 @@ class Report:
         kind: file system type or service, as ``ext4``.
         durability: what an acknowledged write survives; see ``Capabilities``.
         promises: each with whether it holds.
-        direct_io: whether aligned blocks bypass the page cache: "used"; "refused" by the file system; or "not asked"
-            of it, because it has none or what it does then is not to be relied on.
+        consequences: what ckptstore does less well because of those that don't; "" in none.
+        checks_writes: whether what is damaged on its way is refused; if not, it is noticed when it is read back.
+        direct_io: whether aligned blocks bypass the page cache: "used"; "refused" by the file system; "not asked"
+            of it, because what it does then is not to be relied on; or "no file system" between here and there.
         free_bytes: free space, or None where the storage doesn't tell.
         create_s: seconds of each small durable creation.
         size_bytes: size of the objects that ``speeds`` are of.
-        speeds: one for each of ``IN_FLIGHT``.
+        speeds: one for each of ``concurrencies``.
     """
 
     place: str
     kind: str
     durability: Literal["power-cut", "process-crash", "none"]
     promises: Sequence[Promise]
-    direct_io: Literal["used", "refused", "not asked"]
+    consequences: Sequence[str]
+    checks_writes: bool
+    direct_io: Literal["used", "refused", "not asked", "no file system"]
     free_bytes: int | None
     create_s: Sequence[float]
     size_bytes: int
@@ -65,20 +70,28 @@ class Report:
         return statistics.median(self.create_s)
 
 
+def concurrencies(capabilities: Capabilities) -> Sequence[int]:
+    """Blocks under way at once, in the order in which they are measured; where storage is far away, up to twice as many
+    as are used there."""
+    usual = capabilities.in_flight
+    return IN_FLIGHT if usual is None else (1, usual // 2, usual, 2 * usual)
+
+
 def examine(url: str, size_bytes: int, progress: Progress | None = None) -> Report:
     """Try the storage at ``url``, in a scratch folder that is removed afterwards, however this ends.
 
-    There need be no store and no folder yet: then the nearest folder above it is tried. Takes about 90 MiB of memory.
+    There need be no store and no folder yet: then the nearest folder above it is tried. Takes about 90 MiB of memory,
+    or 600 MiB where storage is far away.
 
     Args:
-        url: a path, ``file://`` URL or ``memory://name``.
+        url: a path, ``file://`` URL, ``memory://name`` or ``s3://bucket/prefix``.
         size_bytes: bytes of the object that is written and read, at least 1 MiB.
         progress: see ``Progress``.
 
     Raises:
         StorageFullError: less than twice ``size_bytes`` is free.
         StateError: ``size_bytes`` is too small.
-        StorageError: it can't be reached or written to, or failed.
+        StorageError: it can't be reached or written to, failed, or can't do what nothing works without.
     """
     storage, free_bytes = _opened(url)
     try:
@@ -106,7 +119,9 @@ def examine_storage(
         found.kind,
         found.durability,
         [*durability(found), *promises],
-        "used" if found.direct_io else "refused" if is_asked else "not asked",
+        _consequences(promises, found),
+        found.checks_writes,
+        _direct_io(found, is_asked),
         free_bytes,
         create_s,
         size_bytes,
@@ -114,15 +129,40 @@ def examine_storage(
     )
 
 
+def _direct_io(found: Capabilities, is_asked: bool) -> Literal["used", "refused", "not asked", "no file system"]:
+    if found.in_flight is not None:
+        return "no file system"
+    return "used" if found.direct_io else "refused" if is_asked else "not asked"
+
+
+def _consequences(promises: Sequence[Promise], found: Capabilities) -> list[str]:
+    """Of a storage that lets several create one key; all the rest has no way around it."""
+    broken = {promise.name for promise in promises if not promise.holds}
+    if not found.exclusive_create:
+        days = f"{UNCERTAIN_GRACE_S / 86400:.0f} days"
+        return [
+            "a run that was replaced may notice late that it is no more the one that saves",
+            f"prune leaves unfinished saves alone for {days}, as nothing there can decide whether they still run",
+        ]
+    if broken & {"exclusive_create", "refuse_existing"}:
+        return [
+            "of two runs that begin at once, both may believe that the store is theirs: start one at a time",
+            "prune may take an unfinished save for given up while it commits: prune only while nothing is saved",
+        ]
+    return []
+
+
 def _tried(place: Scratch, size_bytes: int, progress: Progress) -> tuple[list[float], list[Promise], list[Speed]]:
-    total = 2 + len(IN_FLIGHT)
+    numbers = concurrencies(place.storage.capabilities)
+    total = 2 + len(numbers)
     progress("small objects", 0, total)
+    tried = abilities(place)
     create_s, promises = small_objects(place)
     progress("races", 1, total)
-    promises = [*racing(place), *promises]
-    blocks = BlockObject(size_bytes, max(IN_FLIGHT))
+    promises = [*racing(place), *promises, *tried]
+    blocks = BlockObject(size_bytes, max(numbers))
     speeds = []
-    for number, in_flight in enumerate(IN_FLIGHT):
+    for number, in_flight in enumerate(numbers):
         progress(f"blocks, {in_flight} in flight", 2 + number, total)
         keys = place.key("blocks", str(in_flight)), place.key("blocks", f"{in_flight}.marker")
         speeds.append(blocks.measure(place.storage, *keys, in_flight))
@@ -154,6 +194,8 @@ def _opened(url: str) -> tuple[Storage, int | None]:
     storage = open_storage(url)
     asked = urlsplit(storage.url)
     if asked.scheme != "file":
+        # Reached before anything is written: what can't be need not be cleaned up, which would take as long again.
+        storage.list("doctor/")
         return storage, None
     path = Path(os.fsdecode(unquote_to_bytes(asked.path)))
     # A folder made only to be tried would have to be removed again, with those above it.

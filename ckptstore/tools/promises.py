@@ -10,17 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from ckptstore.errors import ExistsError, FormatError, IntegrityError, NotFoundError, StorageError
+from ckptstore.errors import (
+    ExistsError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
 from ckptstore.format.layout import TEMPORARY
 from ckptstore.storage import Capabilities, Storage
 
 RACERS = 16
 ROUNDS = 5
 CREATES = 16
+RACES_S = 10.0
+"""No further race begins after so many seconds: there are servers where 16 writers of one key take some for each."""
 
 # As large as a commit record can be: what is torn would be seen.
 _RACE_BYTES = 16 << 10
 _SMALL_BYTES = 4 << 10
+# (first byte, length) of what is read of one such object: at its beginning, within, and beyond its end.
+_SPANS = ((0, 10), (1, 1), (1000, 2000), (4000, 200))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,18 @@ class Scratch:
             StorageError: something may be left.
         """
         left = self._keys.copy()
-        with suppress(StorageError):
+        try:
             left.update(entry.key for entry in self.storage.list(self.prefix))
+        except UnavailableError:
+            # Nor could anything be deleted, and each try may take minutes.
+            raise
+        except StorageError:
+            pass
         self.storage.delete(sorted(left))
+        with suppress(StorageError):
+            # Those of a writer were aborted by itself, as far as that could be; not everybody may list them.
+            begun = self.storage.uploads()
+            self.storage.abort_uploads([upload for upload in begun if upload.key.startswith(self.prefix)])
 
 
 @contextmanager
@@ -73,8 +93,15 @@ def scratch(storage: Storage) -> Iterator[Scratch]:
     place = Scratch(storage)
     try:
         yield place
-    finally:
+    except StorageError:
+        # That is what to tell: who may write nothing may remove nothing either.
+        with suppress(StorageError):
+            place.remove()
+        raise
+    except BaseException:
         place.remove()
+        raise
+    place.remove()
 
 
 def durability(capabilities: Capabilities) -> list[Promise]:
@@ -87,6 +114,50 @@ def durability(capabilities: Capabilities) -> list[Promise]:
         Promise("process_end", level != "none", alone if level == "none" else "the storage is no part of this process"),
         Promise("power_cut", level == "power-cut", {"power-cut": proven, "process-crash": volatile}.get(level, alone)),
     ]
+
+
+def abilities(place: Scratch) -> list[Promise]:
+    """Let the storage find out what it is able to do; read a part of an object, and create what exists.
+
+    Raises:
+        StorageError: the storage failed, or can't do what nothing works without.
+    """
+    storage = place.storage
+    key, data = place.key("abilities", "object"), secrets.token_bytes(_SMALL_BYTES)
+    storage.create(key, data)
+    storage.probe(key, data)
+    # In this order: the second may put other bytes there.
+    return [_ranges(storage, key, data), _refusal(storage, key, data)]
+
+
+def _ranges(storage: Storage, key: str, data: bytes) -> Promise:
+    right = 0
+    reader = storage.open_reader(key)
+    try:
+        for first, length in _SPANS:
+            buffer = bytearray(length)
+            expected = data[first : first + length]
+            right += reader.read_into(first, memoryview(buffer)) == len(expected) and buffer.startswith(expected)
+    finally:
+        reader.close()
+    detail = f"{right} of {len(_SPANS)} parts of an object came back as written"
+    return Promise("read_ranges", right == len(_SPANS), detail)
+
+
+def _refusal(storage: Storage, key: str, data: bytes) -> Promise:
+    try:
+        storage.create(key, data[::-1])
+        refused = False
+    except ExistsError:
+        refused = True
+    if not refused:
+        return Promise("refuse_existing", False, "an object that exists was created once more")
+    if _read(storage, key) != data:
+        return Promise("refuse_existing", False, "it was refused, and the bytes changed")
+    if not storage.capabilities.exclusive_create:
+        kind = storage.capabilities.kind
+        return Promise("refuse_existing", False, f"{kind} ignores conditions (If-None-Match); only looking first helps")
+    return Promise("refuse_existing", True, "an object that exists can't be created, and stays as it is")
 
 
 def small_objects(place: Scratch) -> tuple[list[float], list[Promise]]:
@@ -155,7 +226,10 @@ def racing(place: Scratch) -> list[Promise]:
         StorageError: the storage failed.
     """
     winners, torn, lost = [], 0, 0
+    begin = time.monotonic()
     for number in range(ROUNDS):
+        if number and time.monotonic() - begin > RACES_S:
+            break
         key = place.key("race", f"{number:02d}")
         racers = _race(place.storage, key)
         won = [racer.brought for racer in racers if racer.won]
@@ -163,7 +237,8 @@ def racing(place: Scratch) -> list[Promise]:
         lost += _read(place.storage, key) not in won
         brought = {racer.brought for racer in racers}
         torn += sum(racer.read not in brought for racer in racers)
-    return [_exclusive(winners, lost), _atomic(torn, place.storage.capabilities)]
+    capabilities = place.storage.capabilities
+    return [_exclusive(winners, lost, capabilities), _atomic(torn, len(winners) * RACERS, capabilities)]
 
 
 def _race(storage: Storage, key: str) -> list[_Racer]:
@@ -187,24 +262,28 @@ def _race(storage: Storage, key: str) -> list[_Racer]:
             start.abort()
 
 
-def _exclusive(winners: Sequence[int], lost: int) -> Promise:
+def _exclusive(winners: Sequence[int], lost: int, capabilities: Capabilities) -> Promise:
+    rounds = len(winners)
     wrong = sorted({count for count in winners if count != 1})
     if wrong:
         races = sum(count != 1 for count in winners)
         counts = " or ".join(map(str, wrong))
-        detail = f"in {races} of {ROUNDS} races of {RACERS} threads not one won but {counts}"
+        detail = f"in {races} of {rounds} races of {RACERS} threads not one won but {counts}"
     elif lost:
-        detail = f"in {lost} of {ROUNDS} races the winner's bytes are not what is there"
+        detail = f"in {lost} of {rounds} races the winner's bytes are not what is there"
     else:
-        detail = f"{ROUNDS} races of {RACERS} threads: one winner each, and its bytes are there"
+        plural = "" if rounds == 1 else "s"
+        detail = f"{rounds} race{plural} of {RACERS} threads: one winner each, and its bytes are there"
+    if not capabilities.exclusive_create:
+        return Promise("exclusive_create", False, f"{capabilities.kind} doesn't decide who wins; {detail}")
     return Promise("exclusive_create", not wrong and not lost, detail)
 
 
-def _atomic(torn: int, capabilities: Capabilities) -> Promise:
+def _atomic(torn: int, racers: int, capabilities: Capabilities) -> Promise:
     if not capabilities.atomic_create:
         return Promise(
             "atomic_create", False, f"on {capabilities.kind} a crash may leave a torn record, seen as damage"
         )
     if torn:
-        return Promise("atomic_create", False, f"{torn} of {ROUNDS * RACERS} racers read nothing or half an object")
-    return Promise("atomic_create", True, f"none of {ROUNDS * RACERS} racers read nothing or half an object")
+        return Promise("atomic_create", False, f"{torn} of {racers} racers read nothing or half an object")
+    return Promise("atomic_create", True, f"none of {racers} racers read nothing or half an object")

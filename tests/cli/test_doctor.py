@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.cli.conftest import Run, environment, interrupt, process, started
 
 PROMISES = {
     *("process_end", "power_cut", "exclusive_create", "atomic_create", "read_after_write", "list_after_write"),
-    "delete",
+    *("delete", "read_ranges", "refuse_existing"),
 }
 
 
@@ -32,6 +33,7 @@ def test_json_has_all_that_was_found(run: Run, tmp_path: Path) -> None:
     assert (document["kind"], document["durability"]) == (capabilities.kind, capabilities.durability)
     assert {promise["name"] for promise in document["promises"]} == PROMISES
     assert all(set(promise) == {"name", "holds", "detail"} for promise in document["promises"])
+    assert (document["consequences"], document["checks_writes"]) == ([], False)
     assert document["direct_io"] in ("used", "refused", "not asked")
     assert document["free_bytes"] > 0
     assert 0 < document["create"]["min_s"] <= document["create"]["median_s"] <= document["create"]["max_s"]
@@ -65,7 +67,7 @@ def test_good_is_exit_0(run: Run, tmp_path: Path) -> None:
         pytest.skip("the tests' folder is in memory")
     answer = run("doctor", str(tmp_path), "--size", "2MB")
     assert (answer.exit_code, answer.stderr) == (0, "")
-    assert answer.stdout.endswith("\ngood: all 7 promises hold\n")
+    assert answer.stdout.endswith("\ngood: all 9 promises hold\n")
     assert "doesn't hold" not in answer.stdout
 
 
@@ -74,7 +76,7 @@ def test_bad_news_is_exit_1(run: Run) -> None:
 
     assert (answer.exit_code, answer.stderr) == (1, "")
     assert (
-        "BAD NEWS: 2 of 7 promises don't hold: survives the end of the process; survives a power cut" in answer.stdout
+        "BAD NEWS: 2 of 9 promises don't hold: survives the end of the process; survives a power cut" in answer.stdout
     )
     assert "none: what was acknowledged is gone when the process ends" in answer.stdout
     assert "buffered: memory isn't asked for direct I/O" in answer.stdout
@@ -85,7 +87,7 @@ def test_bad_news_is_exit_1(run: Run) -> None:
 def test_shared_memory_is_one_remark_and_exit_1() -> None:
     answer = process("doctor", "/dev/shm", "--size", "2MB")
     assert answer.exit_code == 1
-    assert "1 of 7 promises doesn't hold: survives a power cut" in answer.stdout
+    assert "1 of 9 promises doesn't hold: survives a power cut" in answer.stdout
     assert "buffered: tmpfs isn't asked for direct I/O" in answer.stdout
     assert answer.stderr.count("\n") == 1
 
@@ -110,6 +112,22 @@ def test_a_block_that_does_not_come_back_has_no_speed(
     assert [speed["read_gb_s"] for speed in answer.json["blocks"]] == [None] * 3
     answer = run("doctor", str(tmp_path), "--size", "2MB")
     assert "what was written is read" in answer.stdout.partition("BAD NEWS")[2]
+
+
+def test_what_follows_from_a_broken_promise_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unconditional(MemoryStorage):
+        def probe(self, key: str, data: bytes) -> None:
+            self.capabilities = replace(self.capabilities, exclusive_create=False, in_flight=2)
+
+    monkeypatch.setattr(doctor, "open_storage", lambda url: Unconditional())
+    answer = run("doctor", str(tmp_path), "--size", "2MB")
+    assert answer.exit_code == 1
+    after = answer.stdout.partition("BAD NEWS")[2].splitlines()
+    assert "of many racers for a name one wins" in after[0]
+    assert "may notice late" in after[1]
+    assert "for 7 days" in after[2]
+    assert "requests over the network: memory is no file system" in answer.stdout
+    assert "noticed when it is read back" in answer.stdout
 
 
 @pytest.mark.parametrize("option", [["--size", "2"], ["--size", "1B"], ["--size", "9000TB"]])

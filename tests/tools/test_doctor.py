@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from ckptstore.errors import NotFoundError, StateError, StorageError, StorageFullError
+from ckptstore.errors import ExistsError, NotFoundError, StateError, StorageError, StorageFullError, UnavailableError
 from ckptstore.storage import Entry, LocalStorage, posix
+from ckptstore.storage.base import Upload
 from ckptstore.storage.memory import MemoryReader, MemoryStorage
-from ckptstore.tools import doctor
+from ckptstore.tools import doctor, promises
 from ckptstore.tools.doctor import IN_FLIGHT, Report, examine, examine_storage
 from ckptstore.tools.promises import CREATES, RACERS, ROUNDS
 
@@ -27,7 +28,7 @@ SIZE = 1 << 20
 SHM = Path("/dev/shm")
 PROMISES = [
     *("process_end", "power_cut", "exclusive_create", "atomic_create", "read_after_write", "list_after_write"),
-    "delete",
+    *("delete", "read_ranges", "refuse_existing"),
 ]
 
 
@@ -134,6 +135,42 @@ class Overwriting(MemoryStorage):
         super().create(key, data)
 
 
+class Emptying(MemoryStorage):
+    """Refuses what exists, and changes it all the same."""
+
+    def create(self, key: str, data: bytes) -> None:
+        try:
+            super().create(key, data)
+        except ExistsError:
+            if "/abilities/" in key:
+                self.delete([key])
+            raise
+
+
+class Unconditional(MemoryStorage):
+    """Found by its probe to know no conditions, so that each creation has to look first, and may be overtaken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probed: list[str] = []
+
+    def probe(self, key: str, data: bytes) -> None:
+        assert self.read(key, limit=len(data)) == data
+        self.probed.append(key)
+        self.capabilities = replace(self.capabilities, exclusive_create=False, checks_writes=True)
+
+
+class Whole(MemoryStorage):
+    """Gives the beginning of an object, whatever part was asked for."""
+
+    def open_reader(self, key: str) -> MemoryReader:
+        reader = super().open_reader(key)
+        inner = reader.read_into
+        if "/abilities/" in key:
+            reader.read_into = lambda offset, buffer: inner(0, buffer)  # type: ignore[method-assign]
+        return reader
+
+
 class CheckThenPut(MemoryStorage):
     """Looks before it puts, as an object store without conditional writes would have to."""
 
@@ -169,7 +206,8 @@ class Torn(MemoryStorage):
         self.young: set[str] = set()
 
     def create(self, key: str, data: bytes) -> None:
-        self.young.add(key)
+        if key not in self._objects:
+            self.young.add(key)
         super().create(key, data)
         time.sleep(0.05)
         self.young.discard(key)
@@ -191,9 +229,7 @@ class Forgetful(MemoryStorage):
     """Listings lack the newest object."""
 
     def list(self, prefix: str) -> list[Entry]:
-        found = super().list(prefix)
-        found.remove(max(found, key=lambda entry: entry.modified))
-        return found
+        return sorted(sorted(super().list(prefix), key=lambda entry: entry.modified)[:-1])
 
 
 class Late(MemoryStorage):
@@ -244,6 +280,8 @@ class LosingBlocks(MemoryStorage):
 @pytest.mark.parametrize(
     ("make", "name", "why"),
     [
+        (Emptying, "refuse_existing", "it was refused, and the bytes changed"),
+        (Whole, "read_ranges", "1 of 4 parts of an object came back as written"),
         (Overwriting, "exclusive_create", f"in {ROUNDS} of {ROUNDS} races of {RACERS} threads not one won but 16"),
         (CheckThenPut, "exclusive_create", "not one won but"),
         (Refusing, "exclusive_create", "not one won but 0"),
@@ -262,7 +300,7 @@ def test_who_breaks_a_promise_is_found_out(make: Callable[[], MemoryStorage], na
     storage = make()
     report = examine_storage(storage, SIZE)
 
-    also = {"atomic_create"} if make is Swapping else set()
+    also = {Swapping: {"atomic_create"}, Overwriting: {"refuse_existing"}, BadBlocks: {"read_ranges"}}.get(make, set())
     assert set(broken(report)) == {"process_end", "power_cut", name} | also
     assert why in detail(report, name)
     left = set(storage._objects)
@@ -278,7 +316,10 @@ def test_blocks_in_flight_are_really_so_many() -> None:
 
     class Meeting(MemoryStorage):
         def open_reader(self, key: str) -> MemoryReader:
-            reader, in_flight = super().open_reader(key), int(key[-1])
+            reader = super().open_reader(key)
+            if "/blocks/" not in key:
+                return reader
+            in_flight = int(key[-1])
             inner, met = reader.read_into, threading.Barrier(in_flight, timeout=60)
 
             def read_into(offset: int, buffer: memoryview) -> int:
@@ -296,6 +337,62 @@ def test_blocks_in_flight_are_really_so_many() -> None:
     most: dict[int, int] = {}
     examine_storage(Meeting(), 4 * BLOCK)
     assert most == {1: 1, 2: 2, 4: 4}
+
+
+def test_a_storage_without_conditions_is_told_with_what_follows_from_it() -> None:
+    """Whatever the races show, it may be luck."""
+    storage = Unconditional()
+    report = examine_storage(storage, SIZE)
+
+    assert broken(report) == ["process_end", "power_cut", "exclusive_create", "refuse_existing"]
+    assert len(storage.probed) == 1
+    assert storage.probed[0].startswith("doctor-")
+    assert "memory doesn't decide who wins; 5 races" in detail(report, "exclusive_create")
+    assert "ignores conditions (If-None-Match)" in detail(report, "refuse_existing")
+    assert report.checks_writes
+    assert ["may notice late" in report.consequences[0], "for 7 days" in report.consequences[1]] == [True, True]
+    assert storage.list("") == []
+
+
+def test_a_storage_that_only_seems_to_refuse_has_worse_consequences() -> None:
+    """One at a time it refuses; of many several win, and the library can't know."""
+    report = examine_storage(CheckThenPut(), SIZE)
+
+    assert broken(report) == ["process_end", "power_cut", "exclusive_create"]
+    assert ["start one at a time" in report.consequences[0], "while nothing is saved" in report.consequences[1]] == [
+        True,
+        True,
+    ]
+    assert not report.checks_writes
+    assert list(examine_storage(MemoryStorage(), SIZE).consequences) == []
+
+
+def test_races_that_take_long_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "RACES_S", 0.0)
+    report = examine_storage(MemoryStorage(), SIZE)
+
+    assert detail(report, "exclusive_create") == "1 race of 16 threads: one winner each, and its bytes are there"
+    assert detail(report, "atomic_create") == "none of 16 racers read nothing or half an object"
+
+
+def test_what_is_far_away_is_read_once_and_with_more_in_flight() -> None:
+    class Far(MemoryStorage):
+        def __init__(self) -> None:
+            super().__init__()
+            self.capabilities = replace(self.capabilities, in_flight=8)
+            self.opened: list[str] = []
+
+        def open_reader(self, key: str) -> MemoryReader:
+            self.opened.append(key.rpartition("/")[2])
+            return super().open_reader(key)
+
+    storage = Far()
+    report = examine_storage(storage, SIZE)
+
+    assert [speed.in_flight for speed in report.speeds] == [1, 4, 8, 16]
+    assert storage.opened == ["tmp-object", "tmp-1", "tmp-4", "tmp-8", "tmp-16"]
+    assert all(speed.read_s for speed in report.speeds)
+    assert report.direct_io == "no file system"
 
 
 # --- ends before its end ---
@@ -351,6 +448,71 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         examine(str(tmp_path), SIZE)
     assert calls == [SIZE]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_is_told_and_not_that_nothing_can_be_removed() -> None:
+    class ReadOnly(MemoryStorage):
+        def create(self, key: str, data: bytes) -> None:
+            raise StorageError("you may not write")
+
+        def delete(self, keys: Any) -> None:
+            asked.append(list(keys))
+            raise StorageError("you may not delete")
+
+    asked: list[list[str]] = []
+    with pytest.raises(StorageError, match="you may not write"):
+        examine_storage(ReadOnly(), SIZE)
+    assert len(asked) == 1
+
+
+def test_what_can_not_be_removed_is_told() -> None:
+    class Undeletable(MemoryStorage):
+        def delete(self, keys: Any) -> None:
+            names = list(keys)
+            if any("/blocks/" in name for name in names) and len(names) > 2:
+                raise StorageError("something is left")
+            super().delete(names)
+
+    with pytest.raises(StorageError, match="something is left"):
+        examine_storage(Undeletable(), SIZE)
+
+
+def test_what_is_out_of_reach_is_not_cleaned_up() -> None:
+    class Gone(MemoryStorage):
+        lists = 0
+
+        def list(self, prefix: str) -> list[Entry]:
+            self.lists += 1
+            raise UnavailableError("the network is down")
+
+        def delete(self, keys: Any) -> None:
+            raise AssertionError("that would take as long again")
+
+    storage = Gone()
+    with pytest.raises(UnavailableError, match="the network is down"):
+        examine_storage(storage, SIZE)
+    assert storage.lists == 2
+
+
+def test_uploads_that_were_begun_are_dropped() -> None:
+    """Its own, where a storage keeps those that were broken off."""
+
+    class Keeping(MemoryStorage):
+        def uploads(self) -> list[Upload]:
+            mine = next(key for key in created if key.startswith("doctor-")).partition("/")[0]
+            return [Upload(f"{mine}/blocks/tmp-1", "1", 0.0), Upload("checkpoints/x/model", "2", 0.0)]
+
+        def create(self, key: str, data: bytes) -> None:
+            created.append(key)
+            super().create(key, data)
+
+        def abort_uploads(self, uploads: Any) -> None:
+            aborted.extend(upload.token for upload in uploads)
+
+    created: list[str] = []
+    aborted: list[str] = []
+    examine_storage(Keeping(), SIZE)
+    assert aborted == ["1"]
 
 
 # --- places and arguments ---

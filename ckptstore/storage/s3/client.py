@@ -12,13 +12,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import s3fs
+from botocore.exceptions import ClientError
+from tenacity import RetryCallState
 
 from ckptstore.errors import StorageError
 from ckptstore.storage.retrying import DEADLINE_S, tries
-from ckptstore.storage.s3.failures import is_transient, translate
+from ckptstore.storage.s3.failures import is_never_sent, is_transient, translate, without_secrets
 
 T = TypeVar("T")
 
+REACH_S = 10.0
+"""Instead of it, as long as nobody has ever answered: an endpoint that was mistyped shall be told at once."""
 _CONNECTIONS = 64
 _CONFIG = {
     "connect_timeout": 10,
@@ -57,7 +61,9 @@ class S3Client:
             )
         except (TypeError, ValueError) as error:
             raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {error}") from None
-        self._tries = tries(is_transient, deadline_s)
+        self._deadline_s = deadline_s
+        self._answered = False
+        self._tries = tries(is_transient, self._is_over)
 
     def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str) -> T:
         """``work``, some requests, from any thread; again as long as what it raises is transient.
@@ -71,6 +77,13 @@ class S3Client:
             return done
         except Exception as error:
             raise translate(error, doing, self._where(key), key) from error
+
+    def _is_over(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        spent_s = state.seconds_since_start or 0.0
+        if not self._answered and error is not None and is_never_sent(error):
+            return spent_s + state.upcoming_sleep >= min(REACH_S, self._deadline_s)
+        return spent_s >= self._deadline_s
 
     def _once(self, work: Callable[[Call], Awaitable[T]]) -> T:
         async def with_session() -> T:
@@ -89,13 +102,18 @@ class S3Client:
         client = await self._fs.get_s3(self.bucket)
         request = getattr(client, method)
         complete = self._fs._get_s3_method_kwargs(request, self._fs.req_kw, Bucket=self.bucket, **parameters)
-        answer: dict[str, Any] = await request(**complete)
+        try:
+            answer: dict[str, Any] = await request(**complete)
+        except ClientError:
+            self._answered = True
+            raise
+        self._answered = True
         return answer
 
     def _where(self, key: str) -> str:
         client = getattr(self._fs, "_s3", None)
         meta = getattr(client, "meta", None)
-        at = f" at {meta.endpoint_url} ({meta.region_name})" if meta is not None else ""
+        at = f" at {without_secrets(meta.endpoint_url)} ({meta.region_name})" if meta is not None else ""
         return f"s3://{self.bucket}/{self.prefix}{key}{at}"
 
     def _check_process(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, Literal
 
 import aiohttp
@@ -47,6 +48,10 @@ _RETRIED_CODES = {
 _FULL_CODES = {"QuotaExceeded", "StorageFull", "XMinioStorageFull", "InsufficientCapacity"}
 
 
+_USER = re.compile(r"(://)[^/@\s]*@")
+_QUERY = re.compile(r"(://[^\s?\"'`]*)\?[^\s\"'`]*")
+
+
 class Incomplete(Exception):  # noqa: N818 - what happened to a body, dealt with by asking for the rest
     """The answer ended too early."""
 
@@ -78,13 +83,19 @@ def is_unsupported(error: BaseException | None) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    if isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError) or is_unsupported(error):
         return False
-    if is_unsupported(error):
+    if isinstance(error, boto.HTTPClientError) and isinstance(error.kwargs.get("error"), ValueError):
+        # Such a request can't even be made.
         return False
     if isinstance(error, boto.ClientError):
         return status_of(error) in _BUSY or code_of(error) in _RETRIED_CODES
     return isinstance(error, (*_NEVER_SENT, *_NO_ANSWER, Incomplete))
+
+
+def is_never_sent(error: BaseException) -> bool:
+    """Whether there was no connection to send the request on."""
+    return isinstance(error, _NEVER_SENT)
 
 
 def may_be_applied(error: BaseException) -> bool:
@@ -120,11 +131,16 @@ def translate(error: BaseException, doing: str, where: str, key: str) -> Checkpo
     return StorageError(f"{place}: {said}", outcome=outcome, key=key)
 
 
+def without_secrets(text: str) -> str:
+    """``text`` without the users, passwords and queries of the URLs in it."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+
+
 def _said(error: BaseException) -> str:
     if isinstance(error, boto.ClientError):
         message = str(_answer(error).get("Error", {}).get("Message", ""))[:300]
-        return f"{code_of(error) or 'error'} ({status_of(error)}) {message}".strip()
-    return f"{type(error).__name__}: {error}"[:300]
+        return f"{code_of(error) or 'error'} ({status_of(error)}) {message}".strip(" .")
+    return without_secrets(f"{type(error).__name__}: {error}"[:300].rstrip("."))
 
 
 def _answer(error: BaseException) -> dict[str, Any]:
