@@ -261,6 +261,11 @@ class Store(View):
             return self._dispatcher.save(captured, facts, durable, progress)
         return self._dispatcher.save_behind(captured, facts, durable, progress, mode=mode, began=began)
 
+    def _begin_change(self) -> None:
+        self._check_writable()
+        # A process that only prunes never saved, and must know whether what it creates may take another's place.
+        self._dispatcher.claim.try_out()
+
     def _check_writable(self) -> None:
         if self._closed:
             raise StorageError(f"{self.url} was closed; open it again")
@@ -281,7 +286,7 @@ class Store(View):
             ExistsError: a hold stands in the way.
             NotFoundError: no such checkpoint.
         """
-        self._check_writable()
+        self._begin_change()
         checkpoint = self._own(selector)
         keeping.bury(self._storage, checkpoint, reason)
         return checkpoint
@@ -309,7 +314,7 @@ class Store(View):
             ExistsError: the name is taken.
             FormatError: the name could be taken for a selector.
         """
-        self._check_writable()
+        self._begin_change()
         layout.check_hold_name(name)
         checkpoint = self._own(selector)
         keeping.hold(self._storage, checkpoint, name)
@@ -333,7 +338,7 @@ class Store(View):
         Raises:
             StorageError: nothing is deleted on an incomplete listing.
         """
-        self._check_writable()
+        self._begin_change()
         with self._dispatcher.lock:
             own = self._dispatcher.claim.number if not self._shared else None
             return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own)

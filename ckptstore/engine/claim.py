@@ -29,6 +29,7 @@ class Claim:
         self._shared = shared
         self._sequence = 0
         self._store: StoreRecord | None = None
+        self._tried = False
 
     @property
     def right(self) -> tuple[StoreRecord, int | None] | None:
@@ -55,6 +56,14 @@ class Claim:
             check_fence(self._storage, self.number)
             self._backups.check_fence(self.number)
 
+    def try_out(self) -> None:
+        """Learn what the storage can do, once. By each process that changes it, as another server may answer now.
+
+        Raises:
+            StorageError: it failed, or can't do what nothing works without.
+        """
+        self._tried = self._tried or try_out(self._storage)
+
     def _take(self, catalogue: Catalogue) -> tuple[StoreRecord, int]:
         store = ensure_store(self._storage, known_id=catalogue.store_id, like=self._backups.store_record())
         highest = catalogue.highest
@@ -65,7 +74,7 @@ class Claim:
             return store, numbers[-1]
         if self.number is not None:
             return store, self.number
-        try_out(self._storage)
+        self.try_out()
         above = max(self._backups.highest_writer(), highest.writer if highest else 0)
         for _ in range(_ROUNDS):
             above = claim_writer(self._storage, store.store_id, above=above)

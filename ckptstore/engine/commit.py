@@ -118,8 +118,8 @@ def claim_number(storage: Storage, store_id: str, number: int) -> bool:
     return storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data
 
 
-def try_out(storage: Storage) -> None:
-    """Learn what the storage can do. By each process that saves, as another server may answer now.
+def try_out(storage: Storage) -> bool:
+    """Learn what the storage can do; False where there is no good ``store.json`` yet to try it at.
 
     Raises:
         StorageError: it can't do what nothing works without.
@@ -127,7 +127,7 @@ def try_out(storage: Storage) -> None:
     try:
         data = storage.read(layout.STORE, limit=SMALL_LIMIT)
     except (NotFoundError, FormatError, IntegrityError):
-        return
+        return False
     storage.probe(layout.STORE, data)
     if not storage.capabilities.exclusive_create:
         _log.warning(
@@ -136,6 +136,7 @@ def try_out(storage: Storage) -> None:
             "7 days. 'ckptstore doctor' tells what holds",
             storage.url,
         )
+    return True
 
 
 def check_fence(storage: Storage, number: int) -> None:
