@@ -42,11 +42,12 @@ def bench(url: str, size: int, rounds: int, as_json: bool) -> None:
     is plain 16 MiB direct reads and writes by two threads, nothing hashed.
 
     URL is an existing folder; the files go into bench-... in it and are removed afterwards, also after Ctrl-C. Needs
-    free space of 2 times --size, memory of about 3 times, and PyTorch.
+    free space of 2 times --size, memory of about 3 times, and PyTorch. In a bucket only ckptstore is measured.
 
     \b
       ckptstore bench /mnt/checkpoints
       ckptstore bench runs --size 200MB --rounds 5 --json
+      ckptstore bench s3://bucket/runs
 
     Exit codes: 0 measured; 1 something else was loaded than saved; 2 no such folder, too little space, no PyTorch
     or wrong use.

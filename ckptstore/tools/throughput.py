@@ -12,14 +12,15 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ckptstore.errors import IntegrityError, NotFoundError, StateError, StorageFullError
+from ckptstore.errors import IntegrityError, NotFoundError, StateError, StorageError, StorageFullError
+from ckptstore.storage import open_storage
 from ckptstore.tools.subjects import SUBJECTS, Subject, drop_cache
 from ckptstore.tools.turns import Tell as Progress
 from ckptstore.tools.turns import turns
@@ -82,7 +83,8 @@ def measure(
     compared with what was saved, once.
 
     Args:
-        url: an existing folder, or ``memory://name``, where only "ckptstore" can be measured.
+        url: an existing folder, or ``memory://name`` or ``s3://bucket/prefix``, where only "ckptstore" can be
+            measured.
         size_bytes: bytes of the state, at least 1 MiB: fp32 tensors as a GPT has them, of random numbers.
         rounds: how often, at least 1.
         rivals: names of ``RIVALS``, and "raw".
@@ -139,6 +141,9 @@ def _check(url: str, size_bytes: int, rounds: int, rivals: Sequence[str]) -> Non
     if folder is None:
         if list(rivals) != ["ckptstore"]:
             raise StateError(f"{url} is no folder, where only ckptstore can be measured: rivals=['ckptstore']")
+        # Before a state is made and long before one is saved: who can't be reached is told at once.
+        with closing(open_storage(url)) as storage:
+            storage.list("bench/")
         return
     if not folder.is_dir():
         raise NotFoundError(f"{folder} is no folder; make it first, on the storage that shall be measured")
@@ -157,8 +162,6 @@ def local_folder(url: str) -> Path | None:
         NotFoundError: there is none.
         StorageError: it can't be used, or no such scheme.
     """
-    from ckptstore.storage import open_storage
-
     if "://" in url and not url.lower().startswith("file:"):
         open_storage(url).close()
         return None
@@ -176,7 +179,8 @@ def scratch(url: str) -> Iterator[str]:
     folder = local_folder(url)
     name = f"bench-{secrets.token_hex(4)}"
     if folder is None:
-        yield f"{url.rstrip('/')}/{name}"
+        with _removed(f"{url.rstrip('/')}/{name}") as there:
+            yield there
         return
     place = folder / name
     place.mkdir()
@@ -184,6 +188,20 @@ def scratch(url: str) -> Iterator[str]:
         yield str(place)
     finally:
         shutil.rmtree(place)
+
+
+@contextmanager
+def _removed(url: str) -> Iterator[str]:
+    """``url``, with nothing left below it when the block ends."""
+    failed = True
+    try:
+        yield url
+        failed = False
+    finally:
+        # What failed is what to tell: who may write nothing may remove nothing either.
+        with suppress(StorageError) if failed else nullcontext(), closing(open_storage(url)) as storage:
+            storage.abort_uploads(storage.uploads())
+            storage.delete([entry.key for entry in storage.list("")])
 
 
 def _once(
