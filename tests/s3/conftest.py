@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("s3fs", reason="there is no s3fs: pip install 'ckptstore[s3]'")
 
-from tests.s3.seaweed import Seaweed, binary
+from tests.s3.seaweed import ACCESS, SECRET, Seaweed, binary
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,21 @@ def bucket(server: Seaweed) -> str:
 @pytest.fixture
 def prefix() -> str:
     return f"runs/{uuid4().hex}"
+
+
+@pytest.fixture
+def aws(server: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual variables lead to the server, and no others anywhere."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    settings = {
+        "AWS_ACCESS_KEY_ID": ACCESS,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)

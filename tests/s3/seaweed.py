@@ -20,6 +20,10 @@ from botocore.session import get_session
 
 READY_S = 60.0
 ACCESS, SECRET = "ci-access", "ci-secret-7f3a9c"
+READER, READER_SECRET = "ci-reader", "ci-reader-5b2e81"
+"""May read and list, and nothing else."""
+PUBLIC = "public"
+"""How the names of buckets begin that anybody may read."""
 
 
 def binary() -> str | None:
@@ -112,9 +116,9 @@ class Seaweed:
             self._process.wait()
             self._process = None
 
-    def bucket(self) -> str:
+    def bucket(self, prefix: str = "b") -> str:
         """The name of a new bucket."""
-        name = f"b{uuid4().hex}"
+        name = f"{prefix}{uuid4().hex}"
         self.client().create_bucket(Bucket=name)
         return name
 
@@ -136,9 +140,14 @@ class Seaweed:
                 time.sleep(0.2)
 
     def _config(self) -> None:
-        who = {"name": "ci", "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}]}
-        identities = {"identities": [who | {"actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
-        (self.folder / "s3.json").write_text(json.dumps(identities))
+        owner = {"name": "ci", "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}]}
+        reader = {"name": "reader", "credentials": [{"accessKey": READER, "secretKey": READER_SECRET}]}
+        identities = [
+            owner | {"actions": ["Admin", "Read", "Write", "List", "Tagging"]},
+            reader | {"actions": ["Read", "List"]},
+            {"name": "anonymous", "actions": [f"Read:{PUBLIC}*", f"List:{PUBLIC}*"]},
+        ]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (self.folder / "filer.toml").write_text(
             f'[filer.options]\nrecursive_delete = false\ns3.empty_folder_cleanup_delay = "50ms"\n'
             f'[leveldb2]\nenabled = true\ndir = "{self.folder / "filer"}"\n'
