@@ -102,7 +102,7 @@ class Seaweed:
             cwd=self.folder,
             stdout=log,
             stderr=log,
-            env=os.environ | {"GOMEMLIMIT": "1GiB"},
+            env=os.environ | {"GOMEMLIMIT": "1GiB", "WEED_S3_SSE_KEY": "what objects are encrypted with here"},
             start_new_session=True,
         )
         log.close()

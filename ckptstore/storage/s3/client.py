@@ -54,12 +54,13 @@ class S3Client:
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, deadline_s: float = DEADLINE_S) -> None:
         self.bucket, self.prefix = bucket, prefix
         self._pid = os.getpid()
-        config = _CONFIG | dict(options.get("config_kwargs", {}))
         try:
+            self._extra = dict(options.get("s3_additional_kwargs") or {})
+            config = _CONFIG | dict(options.get("config_kwargs") or {})
             self._fs = s3fs.S3FileSystem(
                 **{**options, "config_kwargs": config}, skip_instance_cache=True, use_listings_cache=False
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {error}") from None
         self._deadline_s = deadline_s
         self._answered = False
@@ -101,6 +102,10 @@ class S3Client:
     async def _call(self, method: str, /, **parameters: Any) -> dict[str, Any]:
         client = await self._fs.get_s3(self.bucket)
         request = getattr(client, method)
+        if "CopySource" in parameters:
+            # The key by which a copy is encrypted is that of its source too.
+            secret = {f"CopySource{name}": value for name, value in self._extra.items() if "SSECustomer" in name}
+            parameters = secret | parameters
         complete = self._fs._get_s3_method_kwargs(request, self._fs.req_kw, Bucket=self.bucket, **parameters)
         try:
             answer: dict[str, Any] = await request(**complete)
