@@ -81,7 +81,7 @@ def examine(url: str, size_bytes: int, progress: Progress | None = None) -> Repo
     """Try the storage at ``url``, in a scratch folder that is removed afterwards, however this ends.
 
     There need be no store and no folder yet: then the nearest folder above it is tried. Takes about 90 MiB of memory,
-    or 600 MiB where storage is far away.
+    or 800 MiB where storage is far away.
 
     Args:
         url: a path, ``file://`` URL, ``memory://name`` or ``s3://bucket/prefix``.

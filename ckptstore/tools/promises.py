@@ -156,7 +156,7 @@ def _refusal(storage: Storage, key: str, data: bytes) -> Promise:
         return Promise("refuse_existing", False, "it was refused, and the bytes changed")
     if not storage.capabilities.exclusive_create:
         kind = storage.capabilities.kind
-        return Promise("refuse_existing", False, f"{kind} ignores conditions (If-None-Match); only looking first helps")
+        return Promise("refuse_existing", False, f"{kind} can't refuse by itself; only looking first helps")
     return Promise("refuse_existing", True, "an object that exists can't be created, and stays as it is")
 
 

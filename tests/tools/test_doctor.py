@@ -348,7 +348,7 @@ def test_a_storage_without_conditions_is_told_with_what_follows_from_it() -> Non
     assert len(storage.probed) == 1
     assert storage.probed[0].startswith("doctor-")
     assert "memory doesn't decide who wins; 5 races" in detail(report, "exclusive_create")
-    assert "ignores conditions (If-None-Match)" in detail(report, "refuse_existing")
+    assert "can't refuse by itself; only looking first" in detail(report, "refuse_existing")
     assert report.checks_writes
     assert ["may notice late" in report.consequences[0], "for 7 days" in report.consequences[1]] == [True, True]
     assert storage.list("") == []
