@@ -137,6 +137,7 @@ class Store(View):
     def _copied(self) -> None:
         """Make room here, after a backup has got all there is. Not while a save runs, which may borrow."""
         if self._keep is not None:
+            self._dispatcher.claim.check_fence()
             evict(self._storage, self._finder, self._keep, self._dispatcher.lock)
 
     def _committed(self, checkpoint: Checkpoint, durable: Durable) -> None:
@@ -336,10 +337,12 @@ class Store(View):
         when they are older than ``grace_s``, because its save may be running.
 
         Raises:
+            StaleWriterError: this run was replaced by a newer one, which prunes now.
             StorageError: nothing is deleted on an incomplete listing.
         """
         self._begin_change()
         with self._dispatcher.lock:
+            self._dispatcher.claim.check_fence()
             own = self._dispatcher.claim.number if not self._shared else None
             return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own)
 
