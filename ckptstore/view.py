@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, overload
 
 from ckptstore.engine.backups import Backup
@@ -228,7 +229,7 @@ class View:
         if repair and (self._read_only or not self._finder.backups):
             raise FormatError("repair=True needs a store that is open for writing, with a backup=URL to repair it from")
         report = self._verify(selector, sample, progress)
-        return self._verify_again(selector, sample, report) if repair and not report.ok else report
+        return self._repaired(selector, sample, report) if repair and not report.ok else report
 
     def _verify(self, selector: str | None, sample: float, progress: Progress | None) -> VerifyReport:
         # Listed before the commits are: a save that ends in between is committed, not unfinished.
@@ -248,22 +249,22 @@ class View:
             progress=progress,
         )
 
-    def _verify_again(self, selector: str | None, sample: float, report: VerifyReport) -> VerifyReport:
+    def _repaired(self, selector: str | None, sample: float, report: VerifyReport) -> VerifyReport:
         """Repair what ``report`` found, and see what is left of it."""
         backups = self._finder.backups
         repairer = Repairer(self._storage, backups.storages, self._carrier)
         store = self._finder.store_record() or backups.store_record()
-        repairer.records(report.records, store.store_id if store else None)
+        found = report.damages
+        if repairer.records(report.records, store.store_id if store else None):
+            # A checkpoint whose record was damaged has not been read yet.
+            report = self._verify(selector, sample, None)
+            found += report.damages
         bad = [one.checkpoint for one in report.checkpoints if not one.ok]
+        read = partial(prove, self._storage, bad, pool=self._tools.pool, threads=self._tools.threads)
         with closing(Rescuer(backups.storages)) as rescuer:
-            prove(self._storage, bad, rescuer, pool=self._tools.pool, threads=self._tools.threads)
+            read(rescuer)
         repairer.noted(rescuer)
-        if report.records:
-            again = self._verify(selector, sample, None)
-        else:
-            proven = prove(self._storage, bad, None, pool=self._tools.pool, threads=self._tools.threads)
-            again = report.with_checkpoints(proven)
-        return again.after(report)
+        return report.with_checkpoints(read(None)).after(found)
 
     def copy(
         self,
@@ -302,7 +303,7 @@ class View:
     def lags(self) -> list[Lag]:
         """How far each backup is behind, by the receipts that lie here."""
         here = [c for c in self._finder.view().checkpoints if self._finder.home(c) is self._storage]
-        return lags(self._storage, here)
+        return lags(self._storage, here, [storage.url for storage in self._finder.backups.storages])
 
     def catalogue(self) -> Catalogue:
         """All that the register says: existing, deleted, condemned and damaged, without warnings."""

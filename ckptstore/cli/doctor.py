@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from ckptstore.maintenance.receipts import Lag
     from ckptstore.tools.blocks import Speed
     from ckptstore.tools.doctor import Report
 
@@ -66,7 +67,8 @@ def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:
 
     There need be no store at URL; where there is no folder either, the nearest one above it is tried, but a bucket
     must be there. All goes into doctor-... there and is removed afterwards, also after Ctrl-C. Needs free space of 2
-    times --size, and no PyTorch. Over the network 4 times --size go each way.
+    times --size, and no PyTorch. Over the network 4 times --size go each way. Where a store lies at URL, it also tells
+    how far its backups are behind.
 
     \b
       ckptstore doctor /mnt/checkpoints
@@ -83,12 +85,24 @@ def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:
             report = examine(url, size, progress)
     except NotFoundError as error:
         raise CommandError(str(error), code=error.code) from error
+    lags = _lags(url)
     if as_json:
-        emit(_document(url, report))
+        emit(_document(url, report) | {"backups": [texts.lag_fields(lag) for lag in lags]})
     else:
-        answer(*_parts(report), fit=False)
+        answer(*_parts(report), *map(texts.lag_text, lags), fit=False)
     if not report.ok:
         ctx.exit(BAD_NEWS)
+
+
+def _lags(url: str) -> list[Lag]:
+    """How far the backups of the store at ``url`` are behind, if there is one."""
+    from ckptstore.store import open
+
+    try:
+        with open(url, read_only=True) as store:
+            return store.lags()
+    except NotFoundError:
+        return []
 
 
 def _document(url: str, report: Report) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def given(storage: Storage, place: str) -> set[CheckpointId]:
     return {id for entry in storage.list(layout.receipts_of(place)) if (id := layout.receipt_id(entry.key))}
 
 
-def lags(storage: Storage, checkpoints: Sequence[Checkpoint]) -> list[Lag]:
-    """How far each place is behind that has a receipt here, by what lies here alone.
+def lags(storage: Storage, checkpoints: Sequence[Checkpoint], places: Iterable[str] = ()) -> list[Lag]:
+    """How far each of ``places``, and of those that have a receipt here, is behind, by what lies here alone.
 
     Raises:
         StorageError: the receipts can't be listed or read.
@@ -67,7 +67,9 @@ def lags(storage: Storage, checkpoints: Sequence[Checkpoint]) -> list[Lag]:
         if id is not None:
             by_folder.setdefault(entry.key.rpartition("/")[0], []).append(id)
     found = ((_place(storage, folder, ids), set(ids)) for folder, ids in sorted(by_folder.items()))
-    return [_lag(place, ids, checkpoints) for place, ids in found if place is not None]
+    by_place = {place: ids for place, ids in found if place is not None}
+    by_place |= {place: set() for place in places if place not in by_place}
+    return [_lag(place, ids, checkpoints) for place, ids in by_place.items()]
 
 
 def _place(storage: Storage, folder: str, ids: Iterable[CheckpointId]) -> str | None:

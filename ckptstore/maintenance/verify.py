@@ -67,12 +67,11 @@ class VerifyReport:
         newer = {one.checkpoint.id: one for one in proven}
         return replace(self, checkpoints=[newer.get(one.checkpoint.id, one) for one in self.checkpoints])
 
-    def after(self, before: VerifyReport) -> VerifyReport:
-        """This report, with all damage of ``before`` that isn't in it any more as repaired."""
+    def after(self, found: Iterable[Damage]) -> VerifyReport:
+        """This report, with all that was ``found`` before and is no more as repaired."""
         left = {(damage.key, damage.block) for damage in self.damages}
-        repaired = [damage for damage in before.damages if (damage.key, damage.block) not in left]
-        read, seconds = before.read_bytes, before.seconds
-        return replace(self, repaired=repaired, read_bytes=read, seconds=seconds)
+        gone = {(damage.key, damage.block): damage for damage in found if (damage.key, damage.block) not in left}
+        return replace(self, repaired=list(gone.values()))
 
     @property
     def damages(self) -> list[Damage]:

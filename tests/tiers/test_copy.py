@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,15 @@ def test_ls_tells_the_lag_and_what_is_only_in_the_backup(primary: Path, backup: 
         store.save(state(2), step=2)
     answer = CliRunner().invoke(cli, ["ls", str(primary)])
     assert f"backup {backup.as_uri()}: lacks 1 checkpoint, " in answer.stdout.splitlines()[-1]
+
+
+def test_doctor_tells_the_lag(primary: Path, backup: Path) -> None:
+    with cs.open(primary, backup=backup) as store:
+        store.save(state(0), step=0)
+    with cs.open(primary) as store:
+        late = store.save(state(1), step=1)
+    answer = CliRunner().invoke(cli, ["doctor", str(primary), "--size", "2MB"])
+    assert answer.stdout.splitlines()[-1].startswith(f"backup {backup.as_uri()}: lacks 1 checkpoint, ")
+    answer = CliRunner().invoke(cli, ["doctor", str(primary), "--size", "2MB", "--json"])
+    (lag,) = json.loads(answer.stdout)["backups"]
+    assert (lag["behind"], lag["behind_bytes"]) == (1, late.stored_bytes)
