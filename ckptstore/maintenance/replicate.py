@@ -179,6 +179,8 @@ class Replicator:
 
     def _end_stale(self, error: StaleWriterError) -> None:
         _log.warning("nothing more is copied to the backup %s: %s", self.url, error)
+        # So that the next save asks it, and is told the same.
+        self._backup.reachable = True
         with self._changed:
             self._stale = error
             self._changed.notify_all()
