@@ -369,6 +369,7 @@ def open(
         url: a path, ``memory://name``, ``s3://bucket/prefix``, ``gs://…``, ``az://…``, ``sftp://host/path``,
             ``https://…`` (to read from), or any other URL that fsspec knows; without a password in it.
         storage_options: of ``s3fs.S3FileSystem``, or fsspec's class for the scheme. None: from the usual environment.
+            For s3 also ``deadline_s``: how many seconds a request is tried again, 120 by default.
         backup: one or more places, as ``url``, to which every checkpoint is copied in the background, in order. What is
             damaged or lost at ``url`` is taken from there. A backup belongs to one store.
         backup_options: for the backups, as ``storage_options``.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
-from ckptstore.engine.commit import parse_fate
+from ckptstore.engine.commit import parse_fate, read_record
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
-from ckptstore.format.records import SMALL_LIMIT, CommitRecord, HoldRecord, unseal
+from ckptstore.format.records import CommitRecord, HoldRecord, unseal
 from ckptstore.storage.base import Entry, Storage
 
 _SCANS = 20
@@ -183,7 +184,7 @@ def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
 
 def _fate(storage: Storage, entry: Entry, cache: Cache) -> CommitRecord | None:
     if entry.key not in cache:
-        fate = parse_fate(storage.read(entry.key, limit=SMALL_LIMIT), entry.key)
+        fate = read_record(storage, entry.key, lambda data: parse_fate(data, entry.key))
         cache[entry.key] = fate if isinstance(fate, CommitRecord) else None
     return cache[entry.key]
 
@@ -197,7 +198,7 @@ def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
         if name is None:
             continue
         try:
-            holds[name] = _held(unseal(storage.read(entry.key, limit=SMALL_LIMIT), entry.key, [HoldRecord]), name)
+            holds[name] = read_record(storage, entry.key, partial(_held, entry.key, name))
         except NotFoundError:
             continue
         except CheckpointError as error:
@@ -207,7 +208,8 @@ def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
     return holds, damaged
 
 
-def _held(record: HoldRecord, name: str) -> str:
+def _held(key: str, name: str, data: bytes) -> str:
+    record = unseal(data, key, [HoldRecord])
     if record.name != name or layout.try_id(record.id) is None:
         raise IntegrityError(f"{layout.hold_key(name)} holds the record of {record.name!r} for {record.id[:80]!r}")
     return record.id

@@ -10,6 +10,9 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from ckptstore import __version__
 from ckptstore.errors import (
@@ -39,8 +42,22 @@ from ckptstore.format.records import (
 from ckptstore.storage.base import Storage
 
 _log = logging.getLogger("ckptstore")
+T = TypeVar("T")
 
 _CLAIM_ROUNDS = 1000
+
+
+def read_record(storage: Storage, key: str, parse: Callable[[bytes], T], *, limit: int = SMALL_LIMIT) -> T:
+    """What ``parse`` makes of the object; read a second time where that is damaged.
+
+    A flip on the way up heals by itself, one on the storage does not.
+
+    Raises:
+        NotFoundError, IntegrityError, FormatError: as ``parse`` and ``Storage.read``.
+    """
+    with suppress(IntegrityError, FormatError):
+        return parse(storage.read(key, limit=limit))
+    return parse(storage.read(key, limit=limit))
 
 
 def read_store(storage: Storage) -> StoreRecord:
@@ -50,7 +67,7 @@ def read_store(storage: Storage) -> StoreRecord:
         NotFoundError: there is no store here.
         IntegrityError, FormatError: it is damaged, or of a newer format.
     """
-    return unseal(storage.read(layout.STORE, limit=SMALL_LIMIT), layout.STORE, [StoreRecord])
+    return read_record(storage, layout.STORE, lambda data: unseal(data, layout.STORE, [StoreRecord]))
 
 
 def new_store(known_id: str | None = None) -> StoreRecord:
@@ -118,6 +135,11 @@ def claim_number(storage: Storage, store_id: str, number: int) -> bool:
     return storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data
 
 
+def _proven_store(data: bytes) -> bytes:
+    unseal(data, layout.STORE, [StoreRecord])
+    return data
+
+
 def try_out(storage: Storage) -> bool:
     """Learn what the storage can do; False where there is no good ``store.json`` yet to try it at.
 
@@ -125,7 +147,8 @@ def try_out(storage: Storage) -> bool:
         StorageError: it can't do what nothing works without.
     """
     try:
-        data = storage.read(layout.STORE, limit=SMALL_LIMIT)
+        # Proven, as a server that knows no conditions is going to be given it again.
+        data = read_record(storage, layout.STORE, _proven_store)
     except (NotFoundError, FormatError, IntegrityError):
         return False
     storage.probe(layout.STORE, data)
@@ -161,7 +184,7 @@ def read_fate(storage: Storage, id: CheckpointId) -> CommitRecord | CondemnedRec
         IntegrityError, FormatError: the record is damaged.
     """
     key = layout.commit_key(id)
-    return parse_fate(storage.read(key, limit=SMALL_LIMIT), key)
+    return read_record(storage, key, lambda data: parse_fate(data, key))
 
 
 def parse_fate(data: bytes, key: str) -> CommitRecord | CondemnedRecord:
@@ -212,6 +235,8 @@ def _confirm(storage: Storage, id: CheckpointId, data: bytes, unknown: StorageEr
         raise question from unknown
     try:
         found = storage.read(key, limit=SMALL_LIMIT)
+        # A flip on the way up heals by itself.
+        found = found if found == data else storage.read(key, limit=SMALL_LIMIT)
     except (StorageError, NotFoundError, IntegrityError) as error:
         raise question from error
     if found == data:

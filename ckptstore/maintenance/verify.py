@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
-from ckptstore.engine.commit import read_store
+from ckptstore.engine.commit import read_record, read_store
 from ckptstore.engine.reader import BlockTask, Contents, DataFile, Rescue, check_blocks, open_file, read_contents
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
-from ckptstore.format.records import SMALL_LIMIT, FileEntry, Record, TombstoneRecord, WriterRecord, unseal
+from ckptstore.format.records import FileEntry, Record, TombstoneRecord, WriterRecord, unseal
 from ckptstore.maintenance.leftovers import Leftover, find_leftovers
 from ckptstore.maintenance.lent import Lent
 from ckptstore.storage.base import Entry, Storage
@@ -247,8 +248,12 @@ def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
         else:
             continue
         try:
-            unseal(storage.read(entry.key, limit=SMALL_LIMIT), entry.key, [model])
+            read_record(storage, entry.key, partial(_unsealed, entry.key, model))
         except NotFoundError:
             continue
         except (IntegrityError, FormatError) as error:
             yield Damage(entry.key, str(error))
+
+
+def _unsealed(key: str, model: type[Record], data: bytes) -> Record:
+    return unseal(data, key, [model])

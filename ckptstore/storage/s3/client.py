@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import s3fs
@@ -17,14 +18,17 @@ from tenacity import RetryCallState
 
 from ckptstore.errors import StorageError
 from ckptstore.storage.retrying import DEADLINE_S, tries
-from ckptstore.storage.s3.failures import is_never_sent, is_transient, translate, without_secrets
+from ckptstore.storage.s3.failures import is_never_sent, is_too_much, is_transient, translate, without_secrets
+from ckptstore.storage.s3.gate import Gate
+from ckptstore.storage.s3.loop import event_loop
+from ckptstore.storage.s3.scrub import scrubbed, secrets_in, secrets_of
 
 T = TypeVar("T")
 
 REACH_S = 10.0
-"""Instead of it, as long as nobody has ever answered: an endpoint that was mistyped shall be told at once."""
+"""Instead of the deadline, as long as nobody has ever answered: an endpoint that was mistyped shall be told at once."""
 _CONNECTIONS = 64
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "connect_timeout": 10,
     "read_timeout": 30,
     "max_pool_connections": _CONNECTIONS,
@@ -44,40 +48,52 @@ class S3Client:
     Args:
         bucket: its name.
         prefix: of all keys: "", or what ends in "/".
-        options: of ``s3fs.S3FileSystem``; see there.
-        deadline_s: how long a request is tried again, in seconds.
+        options: of ``s3fs.S3FileSystem``; see there. And ``deadline_s``: how long a request is tried again, in seconds.
 
     Raises:
         StorageError: options that s3fs doesn't take.
     """
 
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any]) -> None:
         self.bucket, self.prefix = bucket, prefix
         self._pid = os.getpid()
+        options = dict(options)
+        self._secrets = secrets_in(options)
+        self._deadline_s = _seconds(options.pop("deadline_s", DEADLINE_S))
         try:
             self._extra = dict(options.get("s3_additional_kwargs") or {})
-            config = _CONFIG | dict(options.get("config_kwargs") or {})
-            self._fs = s3fs.S3FileSystem(
-                **{**options, "config_kwargs": config}, skip_instance_cache=True, use_listings_cache=False
-            )
+            config = _CONFIG | dict(options.pop("config_kwargs", None) or {})
+            fixed = {"config_kwargs": config, "loop": event_loop(), "asynchronous": False}
+            self._fs = s3fs.S3FileSystem(**{**options, **fixed}, skip_instance_cache=True, use_listings_cache=False)
         except (TypeError, ValueError, KeyError) as error:
-            raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {error}") from None
-        self._deadline_s = deadline_s
+            said = scrubbed(str(error), self._secrets)
+            raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {said}") from None
+        self._gate = Gate(config["max_pool_connections"], is_too_much)
         self._answered = False
         self._tries = tries(is_transient, self._is_over)
 
-    def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str) -> T:
+    def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str, *, settle_s: float = 0.0) -> T:
         """``work``, some requests, from any thread; again as long as what it raises is transient.
+
+        Args:
+            settle_s: how long an interrupted caller waits for its end, before it is cancelled.
 
         Raises:
             CheckpointError: what it raised at last, translated.
         """
         self._check_process()
         try:
-            done: T = self._tries(self._once, work)
+            done: T = self._tries(self._once, work, settle_s)
             return done
         except Exception as error:
-            raise translate(error, doing, self._where(key), key) from error
+            failed = translate(error, doing, self._where(key), key)
+            secrets = self._secrets | secrets_of(getattr(self._fs, "_s3", None))
+            failed.message = scrubbed(failed.message, secrets)
+            failed.args = (failed.message,)
+            if scrubbed(str(error), secrets) != str(error):
+                # Its traceback would tell all the same.
+                raise failed from None
+            raise failed from error
 
     def _is_over(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -86,17 +102,24 @@ class S3Client:
             return spent_s + state.upcoming_sleep >= min(REACH_S, self._deadline_s)
         return spent_s >= self._deadline_s
 
-    def _once(self, work: Callable[[Call], Awaitable[T]]) -> T:
+    def _once(self, work: Callable[[Call], Awaitable[T]], settle_s: float) -> T:
         async def with_session() -> T:
             await self._fs.set_session()
-            return await work(self._call)
+            async with self._gate.passing():
+                return await work(self._call)
 
         running = asyncio.run_coroutine_threadsafe(with_session(), self._fs.loop)
         try:
             return running.result()
+        except Exception:
+            raise
         except BaseException:
             # Interrupted: nothing may go on behind the caller's back.
-            running.cancel()
+            try:
+                with suppress(Exception):
+                    running.result(settle_s)
+            finally:
+                running.cancel()
             raise
 
     async def _call(self, method: str, /, **parameters: Any) -> dict[str, Any]:
@@ -118,8 +141,10 @@ class S3Client:
     def _where(self, key: str) -> str:
         client = getattr(self._fs, "_s3", None)
         meta = getattr(client, "meta", None)
-        at = f" at {without_secrets(meta.endpoint_url)} ({meta.region_name})" if meta is not None else ""
-        return f"s3://{self.bucket}/{self.prefix}{key}{at}"
+        given = self._fs.client_kwargs
+        endpoint = meta.endpoint_url if meta else self._fs.endpoint_url or given.get("endpoint_url") or "AWS"
+        region = (meta.region_name if meta else given.get("region_name")) or "no region"
+        return f"s3://{self.bucket}/{self.prefix}{key} at {without_secrets(str(endpoint))} ({region})"
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -127,3 +152,9 @@ class S3Client:
                 f"s3://{self.bucket} was opened in process {self._pid}; its connections can't be used in the fork "
                 f"{os.getpid()}: open it again there"
             )
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise StorageError("storage_options: deadline_s must be a number of seconds over 0")
+    return float(value)

@@ -39,6 +39,9 @@ class S3Reader:
             span = f"bytes={offset + done}-{offset + wanted - 1}"
             answer = await call("get_object", Key=self._path, Range=span, IfMatch=self._etag)
             body = answer["Body"]
+            if not str(answer.get("ContentRange", "")).startswith(f"bytes {offset + done}-"):
+                body.close()
+                raise Incomplete("the answer is no such range")
             async with body:
                 while done < wanted:
                     piece = await body.read(min(_CHUNK_BYTES, wanted - done))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from socket import gaierror
 from typing import Any, Literal
 
 import aiohttp
@@ -19,13 +20,21 @@ from ckptstore.errors import (
     UnavailableError,
 )
 
-_NEVER_SENT = (boto.ConnectionError, aiohttp.ClientConnectorError)
+_NEVER_SENT = (
+    aiohttp.ClientConnectorError,
+    gaierror,
+    boto.ConnectTimeoutError,
+    boto.ProxyConnectionError,
+    boto.SSLError,
+)
 """There was no connection."""
 
 _NO_ANSWER = (
     boto.HTTPClientError,
+    boto.ConnectionError,
     ResponseParserError,
     boto.IncompleteReadError,
+    boto.FlexibleChecksumError,
     aiohttp.ClientError,
     asyncio.TimeoutError,
     OSError,
@@ -41,9 +50,18 @@ _RETRIED_CODES = {
     "Throttling",
     "BadDigest",
     "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+    "MalformedXML",
+    "InvalidPart",
+    "InvalidPartOrder",
     "InternalError",
+    "ServiceUnavailable",
 }
-"""Also where the status says otherwise. A checksum that doesn't fit was damaged on its way."""
+"""Also where the status says otherwise. A checksum that doesn't fit was damaged on its way, as was XML that is none, or
+that names parts which aren't there."""
+
+_TOO_MUCH = {429, 503}
+_TOO_MUCH_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
 
 _FULL_CODES = {"QuotaExceeded", "StorageFull", "XMinioStorageFull", "InsufficientCapacity"}
 
@@ -52,8 +70,8 @@ _USER = re.compile(r"(://)[^/@\s]*@")
 _QUERY = re.compile(r"(://[^\s?\"'`]*)\?[^\s\"'`]*")
 
 
-class Incomplete(Exception):  # noqa: N818 - what happened to a body, dealt with by asking for the rest
-    """The answer ended too early."""
+class Incomplete(Exception):  # noqa: N818 - what happened to an answer, dealt with by asking again
+    """The answer ended too early, lacks what every such answer has, or contradicts another one."""
 
 
 def code_of(error: BaseException) -> str:
@@ -67,8 +85,8 @@ def status_of(error: BaseException) -> int:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether the key isn't there. A missing bucket is something else."""
-    return status_of(error) == 404 and code_of(error) != "NoSuchBucket"
+    """Whether the key isn't there. A missing bucket or upload is something else."""
+    return status_of(error) == 404 and code_of(error) not in ("NoSuchBucket", "NoSuchUpload")
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -81,6 +99,16 @@ def is_unsupported(error: BaseException | None) -> bool:
     return error is not None and (status_of(error) == 501 or code_of(error) == "NotImplemented")
 
 
+def is_too_much(error: BaseException) -> bool:
+    """Whether the server wants fewer requests at a time."""
+    return status_of(error) in _TOO_MUCH or code_of(error) in _TOO_MUCH_CODES
+
+
+def is_retried(code: str) -> bool:
+    """Whether what S3 calls ``code`` may succeed later, whatever the status."""
+    return code in _RETRIED_CODES | _TOO_MUCH_CODES
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, CheckpointError) or is_unsupported(error):
@@ -89,12 +117,15 @@ def is_transient(error: BaseException) -> bool:
         # Such a request can't even be made.
         return False
     if isinstance(error, boto.ClientError):
-        return status_of(error) in _BUSY or code_of(error) in _RETRIED_CODES
+        return status_of(error) in _BUSY or is_retried(code_of(error))
     return isinstance(error, (*_NEVER_SENT, *_NO_ANSWER, Incomplete))
 
 
 def is_never_sent(error: BaseException) -> bool:
     """Whether there was no connection to send the request on."""
+    if isinstance(error, boto.EndpointConnectionError):
+        # So aiobotocore also calls a connection that broke when the request had been sent.
+        error = error.kwargs.get("error", error)
     return isinstance(error, _NEVER_SENT)
 
 
@@ -102,7 +133,7 @@ def may_be_applied(error: BaseException) -> bool:
     """Whether the server may have done what it was asked for: it gave no answer, or one of a gateway before it."""
     if isinstance(error, boto.ClientError):
         return status_of(error) >= 500 or status_of(error) < 300
-    return isinstance(error, _NO_ANSWER) and not isinstance(error, _NEVER_SENT)
+    return isinstance(error, (*_NO_ANSWER, Incomplete)) and not is_never_sent(error)
 
 
 def translate(error: BaseException, doing: str, where: str, key: str) -> CheckpointError:
@@ -115,6 +146,8 @@ def translate(error: BaseException, doing: str, where: str, key: str) -> Checkpo
         return NotFoundError(f"{where} doesn't exist", key=key)
     if is_conflict(error):
         return ExistsError(f"{where} exists already, and nothing is ever overwritten", key=key)
+    if code == "NoSuchUpload":
+        return StorageError(f"{place}: its upload was dropped, as when prune takes the save for dead", key=key)
     if code == "NoSuchBucket":
         return StorageError(f"{place}: there is no such bucket; make it first, or mend the URL", key=key)
     if code in _FULL_CODES:

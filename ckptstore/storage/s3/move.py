@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptstore.errors import CheckpointError
 from ckptstore.storage.s3.client import Call, S3Client
+from ckptstore.storage.s3.failures import Incomplete
 
 COPIED_AT_ONCE_BYTES = 5 << 30
 """S3 copies no larger object in one request."""
@@ -22,7 +23,7 @@ def copy_within(client: S3Client, source: str, target: str, size: int, key: str)
     """
     origin = {"Bucket": client.bucket, "Key": source}
     if size <= COPIED_AT_ONCE_BYTES:
-        client.run(lambda call: call("copy_object", Key=target, CopySource=origin), "replace", key)
+        client.run(lambda call: _copy(call, target, origin), "replace", key)
         return
     begun = client.run(lambda call: call("create_multipart_upload", Key=target), "replace", key)
     upload = {"Key": target, "UploadId": begun["UploadId"]}
@@ -37,6 +38,12 @@ def copy_within(client: S3Client, source: str, target: str, size: int, key: str)
         with suppress(CheckpointError):
             client.run(lambda call: call("abort_multipart_upload", **upload), "abort", key)
         raise
+
+
+async def _copy(call: Call, target: str, origin: dict[str, str]) -> None:
+    answer = await call("copy_object", Key=target, CopySource=origin)
+    if not answer.get("CopyObjectResult", {}).get("ETag"):
+        raise Incomplete("the answer doesn't say that it was copied")
 
 
 def _copy_part(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace as changed
 from functools import partial
 from itertools import islice
@@ -12,9 +11,18 @@ from typing import Any
 
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StorageError
 from ckptstore.storage.base import Capabilities, Entry, Upload, check_key, check_prefix
+from ckptstore.storage.s3.answers import about_object, listing, put_object, tells_of_object, told
 from ckptstore.storage.s3.client import Call, S3Client
 from ckptstore.storage.s3.download import S3Reader
-from ckptstore.storage.s3.failures import Incomplete, is_conflict, is_missing, is_unsupported, may_be_applied
+from ckptstore.storage.s3.failures import (
+    Incomplete,
+    code_of,
+    is_conflict,
+    is_missing,
+    is_retried,
+    is_unsupported,
+    may_be_applied,
+)
 from ckptstore.storage.s3.move import copy_within
 from ckptstore.storage.s3.probe import Findings, probe
 from ckptstore.storage.s3.upload import S3Writer, checksum
@@ -57,7 +65,7 @@ class S3Storage:
             found: list[Entry] = []
             more: dict[str, str] = {}
             while True:
-                page = await call("list_objects_v2", Prefix=path, **more)
+                page = await listing(call, "list_objects_v2", Prefix=path, **more)
                 found += map(self._entry, page.get("Contents", []))
                 if not page.get("IsTruncated"):
                     return found
@@ -74,7 +82,7 @@ class S3Storage:
         path = self._path(key)
 
         async def get(call: Call) -> bytes:
-            answer = await call("get_object", Key=path)
+            answer = await about_object(call, "get_object", Key=path)
             size = int(answer["ContentLength"])
             body = answer["Body"]
             async with body:
@@ -90,8 +98,8 @@ class S3Storage:
     def create(self, key: str, data: bytes) -> None:
         """Put a small object unless the key is taken; see ``Storage.create``.
 
-        A try whose answer was lost may have been applied: each writes a random number beside the data, by which the
-        next one knows its own work.
+        A try whose answer was lost may have been applied, and some gateways send a request twice: a random number
+        beside the data tells whose work it is that stands in the way.
         """
         path = self._path(key, writing=True)
         nonce, unsure = secrets.token_hex(16), False
@@ -101,16 +109,13 @@ class S3Storage:
             nonlocal unsure
             try:
                 if self.capabilities.exclusive_create:
-                    await call("put_object", IfNoneMatch="*", **fields)
+                    await put_object(call, IfNoneMatch="*", **fields)
                 else:
                     await self._put_unless_seen(call, fields, nonce if unsure else "")
             except Exception as error:
-                if is_conflict(error) and unsure:
-                    found = await call("head_object", Key=path)
-                    if found.get("Metadata", {}).get(_NONCE) == nonce:
-                        return
                 unsure = unsure or may_be_applied(error)
-                raise
+                if not is_conflict(error) or await _nonce_at(call, path) != nonce:
+                    raise
 
         try:
             self._client.run(put, "create", key)
@@ -126,8 +131,13 @@ class S3Storage:
     def open_writer(self, key: str, *, size: int | None = None) -> S3Writer:
         """Begin a large object; see ``Storage.open_writer``."""
         path = self._path(key, writing=True)
+
+        async def look(call: Call) -> None:
+            # That there is none is believed: such a key has a random part, and nobody else writes it.
+            tells_of_object(await call("head_object", Key=path))
+
         try:
-            self._head(key)
+            self._client.run(look, "look at", key)
         except NotFoundError:
             return S3Writer(self._client, path, key, size)
         raise ExistsError(f"{self.url}/{key} exists already, and nothing is ever overwritten", key=key)
@@ -166,7 +176,7 @@ class S3Storage:
             found: list[Upload] = []
             more: dict[str, str] = {}
             while True:
-                page = await call("list_multipart_uploads", Prefix=self._prefix, **more)
+                page = await listing(call, "list_multipart_uploads", Prefix=self._prefix, **more)
                 for item in page.get("Uploads", []):
                     key = item["Key"][len(self._prefix) :]
                     found.append(Upload(key, item["UploadId"], item["Initiated"].timestamp()))
@@ -181,8 +191,7 @@ class S3Storage:
         self._check_writable()
         for upload in uploads:
             path = self._path(upload.key, writing=True)
-            with suppress(NotFoundError):
-                self._client.run(partial(_abort, path=path, token=upload.token), "abort the upload of", upload.key)
+            self._client.run(partial(_abort, path=path, token=upload.token), "abort the upload of", upload.key)
 
     def close(self) -> None:
         """Release nothing that others don't share. Safe to call twice."""
@@ -195,7 +204,7 @@ class S3Storage:
         except Exception as error:
             if not is_missing(error):
                 raise
-            await call("put_object", **fields)
+            await put_object(call, **fields)
             return
         if not own_nonce or found.get("Metadata", {}).get(_NONCE) != own_nonce:
             key = fields["Key"][len(self._prefix) :]
@@ -203,14 +212,16 @@ class S3Storage:
 
     def _delete(self, paths: Sequence[str]) -> None:
         async def delete(call: Call) -> None:
-            wanted = {"Objects": [{"Key": path} for path in paths], "Quiet": True}
-            answer = await call("delete_objects", Delete=wanted)
-            for failed in answer.get("Errors", []):
-                if failed.get("Code") != "NoSuchKey":
-                    raise StorageError(
-                        f"{self.url}: {failed.get('Key')} can't be removed: {failed.get('Code')} "
-                        f"{failed.get('Message', '')}"
-                    )
+            # Not quietly: then an answer that says nothing at all is noticed.
+            answer = await told(call, "delete_objects", Delete={"Objects": [{"Key": path} for path in paths]})
+            failures = [failed for failed in answer.get("Errors", []) if failed.get("Code") != "NoSuchKey"]
+            if "Deleted" not in answer and "Errors" not in answer:
+                raise Incomplete("the answer doesn't say what was deleted")
+            for failed in failures:
+                said = f"{failed.get('Key')} can't be removed: {failed.get('Code')} {failed.get('Message', '')}"
+                if is_retried(failed.get("Code", "")):
+                    raise Incomplete(said)
+                raise StorageError(f"{self.url}: {said}")
 
         self._client.run(delete, "delete", paths[0][len(self._prefix) :])
 
@@ -219,7 +230,7 @@ class S3Storage:
 
     def _head(self, key: str) -> dict[str, Any]:
         path = self._path(key)
-        return self._client.run(lambda call: call("head_object", Key=path), "look at", key)
+        return self._client.run(lambda call: about_object(call, "head_object", Key=path), "look at", key)
 
     def _path(self, key: str, *, writing: bool = False) -> str:
         check_key(key)
@@ -238,5 +249,20 @@ class S3Storage:
         self._check_opened()
 
 
+async def _nonce_at(call: Call, path: str) -> str:
+    """What ``create`` wrote beside an object that was in its way."""
+    try:
+        found = await call("head_object", Key=path)
+    except Exception as error:
+        if is_missing(error):
+            raise Incomplete("it is said to exist, and isn't there") from error
+        raise
+    return str(found.get("Metadata", {}).get(_NONCE, ""))
+
+
 async def _abort(call: Call, *, path: str, token: str) -> None:
-    await call("abort_multipart_upload", Key=path, UploadId=token)
+    try:
+        await told(call, "abort_multipart_upload", Key=path, UploadId=token)
+    except Exception as error:
+        if code_of(error) != "NoSuchUpload":
+            raise

@@ -11,12 +11,15 @@ from typing import Any
 
 from ckptstore.errors import CheckpointError, StorageError
 from ckptstore.storage.base import Slot
+from ckptstore.storage.s3.answers import listing, put_object, told
 from ckptstore.storage.s3.client import Call, S3Client
-from ckptstore.storage.s3.failures import code_of, is_missing
+from ckptstore.storage.s3.failures import Incomplete, code_of, may_be_applied
 
 LEAST_PART_BYTES = 5 << 20
 """S3 takes no smaller part but the last."""
 MOST_PARTS = 10_000
+_SETTLE_S = 5.0
+"""How long an interrupted save waits for the name of the upload that it has just begun, to be able to abort it."""
 
 
 def checksum(data: bytes) -> dict[str, str]:
@@ -67,6 +70,8 @@ class S3Writer:
         self._part_of: dict[int, _Part] = {}
         self._end = 0
         self._upload: str | None = None
+        self._strays = False
+        """Whether the server may hold an upload of this object that isn't known here."""
         self._beginning = threading.Lock()
         self._sent: dict[int, dict[str, Any]] = {}
         self._state = "open"
@@ -100,8 +105,8 @@ class S3Writer:
                 ready = part.full and not self._is_only(part)
             if ready:
                 self._send(part)
-        except BaseException:
-            self._state = "failed"
+        except BaseException as error:
+            self._failed(error)
             raise
 
     def finish(self) -> int:
@@ -122,10 +127,12 @@ class S3Writer:
                     if part.number not in self._sent:
                         self._send(part)
                 self._complete()
-        except BaseException:
-            self._state = "failed"
+        except BaseException as error:
+            self._failed(error)
             raise
         self._state = "finished"
+        if self._strays:
+            self._drop_strays()
         return self._end
 
     def abort(self) -> None:
@@ -133,12 +140,33 @@ class S3Writer:
         if self._state in ("finished", "aborted"):
             return
         self._state = "aborted"
-        upload = self._upload
-        if upload is not None:
+        if self._upload is not None:
             with suppress(CheckpointError):
-                self._client.run(
-                    lambda call: call("abort_multipart_upload", Key=self._path, UploadId=upload), "abort", self._key
-                )
+                self._abort(self._upload)
+        if self._strays:
+            self._drop_strays()
+
+    def _failed(self, error: BaseException) -> None:
+        self._state = "failed"
+        # What is on its way still may come in after the upload was aborted, and open it again.
+        cut_off = not isinstance(error, Exception) or getattr(error, "outcome", "") == "unknown"
+        self._strays = self._strays or (cut_off and self._upload is not None)
+
+    def _abort(self, upload: str) -> None:
+        self._client.run(
+            lambda call: call("abort_multipart_upload", Key=self._path, UploadId=upload), "abort", self._key
+        )
+
+    def _drop_strays(self) -> None:
+        """Abort every upload of this object; none is wanted any more."""
+
+        async def uploads(call: Call) -> list[str]:
+            page = await listing(call, "list_multipart_uploads", Prefix=self._path)
+            return [item["UploadId"] for item in page.get("Uploads", []) if item["Key"] == self._path]
+
+        with suppress(CheckpointError):
+            for upload in self._client.run(uploads, "list uploads of", self._key):
+                self._abort(upload)
 
     def _is_only(self, part: _Part) -> bool:
         return part.number == 1 and self._size is not None and part.length == self._size
@@ -149,27 +177,49 @@ class S3Writer:
 
     def _put(self, data: bytes) -> None:
         extra = checksum(data)
-        self._client.run(lambda call: call("put_object", Key=self._path, Body=data, **extra), "write", self._key)
+        self._client.run(lambda call: put_object(call, Key=self._path, Body=data, **extra), "write", self._key)
 
     def _begun(self) -> str:
         with self._beginning:
             if self._upload is None:
-                answer = self._client.run(
-                    lambda call: call("create_multipart_upload", Key=self._path, ChecksumAlgorithm="CRC32"),
-                    "begin an upload",
-                    self._key,
-                )
-                self._upload = str(answer["UploadId"])
+                self._begin()
+            assert self._upload is not None
             return self._upload
+
+    def _begin(self) -> None:
+        lost = False
+
+        async def begin(call: Call) -> None:
+            nonlocal lost
+            try:
+                answer = await told(call, "create_multipart_upload", Key=self._path, ChecksumAlgorithm="CRC32")
+                if not answer.get("UploadId"):
+                    raise Incomplete("the answer doesn't name the upload")
+            except Exception as error:
+                lost = lost or may_be_applied(error)
+                raise
+            self._upload = str(answer["UploadId"])
+
+        # For the case of an interrupt, whose place is not known.
+        self._strays = True
+        try:
+            self._client.run(begin, "begin an upload", self._key, settle_s=_SETTLE_S)
+            self._strays = lost
+        except Exception:
+            self._strays = lost
+            raise
 
     def _send(self, part: _Part) -> None:
         upload, data = self._begun(), part.data()
         extra = checksum(data)
 
         async def send(call: Call) -> dict[str, Any]:
-            return await call(
-                "upload_part", Key=self._path, UploadId=upload, PartNumber=part.number, Body=data, **extra
+            answer = await told(
+                call, "upload_part", Key=self._path, UploadId=upload, PartNumber=part.number, Body=data, **extra
             )
+            if not answer.get("ETag"):
+                raise Incomplete("the answer doesn't say that the part was stored")
+            return answer
 
         answer = self._client.run(send, "write", self._key)
         sent = {"PartNumber": part.number, "ETag": answer["ETag"]}
@@ -181,22 +231,25 @@ class S3Writer:
 
     def _complete(self) -> None:
         parts = [self._sent[number] for number in sorted(self._sent)]
-        retried = False
 
         async def complete(call: Call) -> None:
-            nonlocal retried
             try:
-                await call(
+                answer = await told(
+                    call,
                     "complete_multipart_upload",
                     Key=self._path,
                     UploadId=self._upload,
                     MultipartUpload={"Parts": parts},
                 )
+                if not answer.get("ETag"):
+                    raise Incomplete("the answer doesn't say that the upload was completed")
             except Exception as error:
                 # The answer to an earlier try was lost, and the upload is no more because it is an object now.
-                lost = retried and (code_of(error) == "NoSuchUpload" or is_missing(error))
-                retried = True
-                if not lost or (await call("head_object", Key=self._path))["ContentLength"] != self._end:
+                if code_of(error) != "NoSuchUpload" or await self._size_there(call) != self._end:
                     raise
 
         self._client.run(complete, "complete", self._key)
+
+    async def _size_there(self, call: Call) -> int:
+        found = await call("head_object", Key=self._path)
+        return int(found.get("ContentLength", -1))
