@@ -12,6 +12,8 @@ import pytest
 import torch
 from tenacity import wait_fixed
 
+import ckptstore
+from ckptstore import store as store_module
 from ckptstore import view
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
@@ -119,19 +121,12 @@ class World:
 
 
 def opened(storage: Storage, *, compression: str = "none") -> Store:
-    store = Store(
-        storage,
-        durable="primary",
-        keep=None,
-        read_only=False,
-        shared=False,
-        compression=compression,
-        pool_bytes=1,
-        threads=1,
-        max_staging_bytes=None,
-    )
-    store._tools.pool = _POOL
-    return store
+    """What ``ckptstore.open`` gives for a storage that is open already, with buffers that all tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "open_storage", lambda url, **how: storage)
+        found = ckptstore.open(storage.url, compression=compression, pool_bytes=1, threads=1)
+    found._tools.pool = _POOL
+    return found
 
 
 @dataclass(frozen=True)
