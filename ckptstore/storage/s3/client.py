@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -108,18 +109,20 @@ class S3Client:
             async with self._gate.passing():
                 return await work(self._call)
 
-        running = asyncio.run_coroutine_threadsafe(with_session(), self._fs.loop)
+        running: Future[T] | None = None
         try:
+            running = asyncio.run_coroutine_threadsafe(with_session(), self._fs.loop)
             return running.result()
         except Exception:
             raise
         except BaseException:
             # Interrupted: nothing may go on behind the caller's back.
-            try:
-                with suppress(Exception):
-                    running.result(settle_s)
-            finally:
-                running.cancel()
+            if running is not None:
+                try:
+                    with suppress(Exception):
+                        running.result(settle_s)
+                finally:
+                    running.cancel()
             raise
 
     async def _call(self, method: str, /, **parameters: Any) -> dict[str, Any]:

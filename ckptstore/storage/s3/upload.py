@@ -72,6 +72,8 @@ class S3Writer:
         self._upload: str | None = None
         self._strays = False
         """Whether the server may hold an upload of this object that isn't known here."""
+        self._settled = threading.Event()
+        self._settled.set()
         self._beginning = threading.Lock()
         self._sent: dict[int, dict[str, Any]] = {}
         self._state = "open"
@@ -140,6 +142,9 @@ class S3Writer:
         if self._state in ("finished", "aborted"):
             return
         self._state = "aborted"
+        if self._strays:
+            # An interrupt may have come just when its beginning was on the way.
+            self._settled.wait(_SETTLE_S)
         if self._upload is not None:
             with suppress(CheckpointError):
                 self._abort(self._upload)
@@ -191,14 +196,19 @@ class S3Writer:
 
         async def begin(call: Call) -> None:
             nonlocal lost
+            self._settled.clear()
             try:
+                self._check_open("begin")
                 answer = await told(call, "create_multipart_upload", Key=self._path, ChecksumAlgorithm="CRC32")
                 if not answer.get("UploadId"):
                     raise Incomplete("the answer doesn't name the upload")
             except Exception as error:
                 lost = lost or may_be_applied(error)
                 raise
-            self._upload = str(answer["UploadId"])
+            else:
+                self._upload = str(answer["UploadId"])
+            finally:
+                self._settled.set()
 
         # For the case of an interrupt, whose place is not known.
         self._strays = True
