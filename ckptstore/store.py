@@ -430,7 +430,8 @@ def _opened(
 ) -> tuple[Storage, list[Storage]]:
     others = [open_storage(place, read_only=read_only, options=backup_options) for place in backups]
     try:
-        storage = open_storage(url, read_only=read_only, options=options)
+        # Whoever only looks wants to know soon; a run that saves has time. Backups are tried again by themselves.
+        storage = open_storage(url, read_only=read_only, options=options, patient=not read_only)
     except NotFoundError:
         if not others:
             raise

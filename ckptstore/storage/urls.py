@@ -19,7 +19,11 @@ _OURS = {"file", "local", "memory"}
 
 
 def open_storage(
-    url: str | os.PathLike[str], *, read_only: bool = False, options: Mapping[str, Any] | None = None
+    url: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+    patient: bool = False,
 ) -> Storage:
     """The storage at a path, ``file:///absolute/path``, ``memory://name``, ``s3://bucket/prefix`` or in whatever else
     fsspec knows. Creates nothing.
@@ -27,6 +31,7 @@ def open_storage(
     Args:
         options: credentials, endpoint and the like, of ``s3fs.S3FileSystem``, or of the class that fsspec has for the
             scheme.
+        patient: try something far away again for minutes before a call fails, as a run does that saves.
 
     Raises:
         NotFoundError: opened read-only, and there is nothing.
@@ -50,8 +55,8 @@ def open_storage(
     if scheme == "memory":
         return _open_memory(rest, read_only=read_only)
     if scheme in ("s3", "s3a"):
-        return _open_s3(rest, options or {}, read_only=read_only)
-    return _open_generic(scheme, rest, options or {}, read_only=read_only)
+        return _open_s3(rest, options or {}, read_only, patient)
+    return _open_generic(scheme, rest, options or {}, read_only, patient)
 
 
 def _expanded(path: str) -> str:
@@ -77,7 +82,7 @@ def _file_path(rest: str) -> str:
     return _expanded("/" + unquote(path))
 
 
-def _open_s3(rest: str, options: Mapping[str, Any], *, read_only: bool) -> Storage:
+def _open_s3(rest: str, options: Mapping[str, Any], read_only: bool, patient: bool) -> Storage:
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.strip("/")
     if not bucket:
@@ -88,10 +93,10 @@ def _open_s3(rest: str, options: Mapping[str, Any], *, read_only: bool) -> Stora
         from ckptstore.storage.s3 import S3Storage
     except ImportError as error:
         raise StorageError(f"s3:// needs {error.name}: pip install 'ckptstore[s3]'") from error
-    return S3Storage(bucket, prefix, options, read_only=read_only)
+    return S3Storage(bucket, prefix, options, read_only=read_only, patient=patient)
 
 
-def _open_generic(scheme: str, rest: str, options: Mapping[str, Any], *, read_only: bool) -> Storage:
+def _open_generic(scheme: str, rest: str, options: Mapping[str, Any], read_only: bool, patient: bool) -> Storage:
     place = rest.strip("/")
     if not place:
         raise StorageError(f"a URL needs a place: {scheme}://bucket/prefix, or {scheme}://host/path")
@@ -100,7 +105,7 @@ def _open_generic(scheme: str, rest: str, options: Mapping[str, Any], *, read_on
     # Imported here: it takes a while, and needs packages that others do without.
     from ckptstore.storage.generic import GenericStorage
 
-    return GenericStorage(scheme, place, options, read_only=read_only)
+    return GenericStorage(scheme, place, options, read_only=read_only, patient=patient)
 
 
 def _open_memory(name: str, *, read_only: bool) -> Storage:

@@ -17,7 +17,7 @@ from ckptstore.errors import CheckpointError, StorageError
 from ckptstore.storage.generic.failures import is_missing, is_transient, may_be_applied, translate
 from ckptstore.storage.generic.mask import Mask
 from ckptstore.storage.generic.traits import Traits, traits_of
-from ckptstore.storage.retrying import DEADLINE_S, tries
+from ckptstore.storage.retrying import Outage, deadline_s, tries
 
 T = TypeVar("T")
 
@@ -46,11 +46,13 @@ class Remote:
         UnavailableError: there is no connection, where the class makes one at once.
     """
 
-    def __init__(self, protocol: str, place: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, protocol: str, place: str, options: Mapping[str, Any], *, patient: bool = False) -> None:
         place = place.rstrip("/")
         self.url = f"{protocol}://{place}"
         self._mask, self._pid = Mask(options), os.getpid()
-        self._tries = tries(is_transient, DEADLINE_S)
+        end_s = deadline_s(patient=patient)
+        self._outage = Outage(self.url, self._mask.text, end_s)
+        self._tries = tries(is_transient, end_s, self._outage)
         cls = _file_system_class(protocol)
         failed = None
         try:
@@ -88,6 +90,7 @@ class Remote:
         failed: Exception
         try:
             done: T = self._tries(once)
+            self._outage.over()
             return done
         except CheckpointError:
             raise

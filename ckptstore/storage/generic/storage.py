@@ -33,13 +33,22 @@ class GenericStorage:
         place: what follows ``protocol://``.
         options: of the file system's class in fsspec.
         read_only: refuse every write.
+        patient: try calls again for minutes, as a run does that must not end with its network.
 
     Raises:
         StorageError: see ``Remote``.
     """
 
-    def __init__(self, protocol: str, place: str, options: Mapping[str, Any], *, read_only: bool = False) -> None:
-        self._remote = Remote(protocol, place, options)
+    def __init__(
+        self,
+        protocol: str,
+        place: str,
+        options: Mapping[str, Any],
+        *,
+        read_only: bool = False,
+        patient: bool = False,
+    ) -> None:
+        self._remote = Remote(protocol, place, options, patient=patient)
         self.url = self._remote.url
         self._traits = traits = self._remote.traits
         self.capabilities = Capabilities(

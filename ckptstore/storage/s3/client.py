@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 from tenacity import RetryCallState
 
 from ckptstore.errors import StorageError
-from ckptstore.storage.retrying import DEADLINE_S, tries
+from ckptstore.storage.retrying import Outage, deadline_s, tries
 from ckptstore.storage.s3.failures import is_never_sent, is_too_much, is_transient, translate, without_secrets
 from ckptstore.storage.s3.gate import Gate
 from ckptstore.storage.s3.loop import event_loop
@@ -50,17 +50,18 @@ class S3Client:
         bucket: its name.
         prefix: of all keys: "", or what ends in "/".
         options: of ``s3fs.S3FileSystem``; see there. And ``deadline_s``: how long a request is tried again, in seconds.
+        patient: for minutes, where ``options`` don't say: a run must not end with its network.
 
     Raises:
         StorageError: options that s3fs doesn't take.
     """
 
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, patient: bool = False) -> None:
         self.bucket, self.prefix = bucket, prefix
         self._pid = os.getpid()
         options = dict(options)
         self._secrets = secrets_in(options)
-        self._deadline_s = _seconds(options.pop("deadline_s", DEADLINE_S))
+        self._deadline_s = _seconds(options.pop("deadline_s", deadline_s(patient=patient)))
         try:
             self._extra = dict(options.get("s3_additional_kwargs") or {})
             config = _CONFIG | dict(options.pop("config_kwargs", None) or {})
@@ -71,7 +72,8 @@ class S3Client:
             raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {said}") from None
         self._gate = Gate(config["max_pool_connections"], is_too_much)
         self._answered = False
-        self._tries = tries(is_transient, self._is_over)
+        self._outage = Outage(f"s3://{bucket}/{prefix}", self._told, self._deadline_s)
+        self._tries = tries(is_transient, self._is_over, self._outage)
 
     def run(self, work: Callable[[Call], Awaitable[T]], doing: str, key: str, *, settle_s: float = 0.0) -> T:
         """``work``, some requests, from any thread; again as long as what it raises is transient.
@@ -85,16 +87,23 @@ class S3Client:
         self._check_process()
         try:
             done: T = self._tries(self._once, work, settle_s)
-            return done
         except Exception as error:
             failed = translate(error, doing, self._where(key), key)
-            secrets = self._secrets | secrets_of(getattr(self._fs, "_s3", None))
+            secrets = self._all_secrets()
             failed.message = scrubbed(failed.message, secrets)
             failed.args = (failed.message,)
             if scrubbed(str(error), secrets) != str(error):
                 # Its traceback would tell all the same.
                 raise failed from None
             raise failed from error
+        self._outage.over()
+        return done
+
+    def _told(self, error: BaseException) -> str:
+        return scrubbed(str(translate(error, "a request", self._where(""), "")), self._all_secrets())
+
+    def _all_secrets(self) -> set[str]:
+        return self._secrets | secrets_of(getattr(self._fs, "_s3", None))
 
     def _is_over(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome is not None else None

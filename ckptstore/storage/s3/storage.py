@@ -41,18 +41,27 @@ class S3Storage:
         options: of ``s3fs.S3FileSystem``: credentials, endpoint, encryption. Without them the usual AWS environment
             is asked.
         read_only: refuse every write.
+        patient: try requests again for minutes, as a run does that must not end with its network.
 
     Raises:
         StorageError: options that s3fs doesn't take.
     """
 
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        options: Mapping[str, Any],
+        *,
+        read_only: bool = False,
+        patient: bool = False,
+    ) -> None:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.capabilities = Capabilities(
             durability="power-cut", atomic_create=True, direct_io=False, kind="s3", in_flight=_IN_FLIGHT
         )
         self._prefix = f"{prefix}/" if prefix else ""
-        self._client = S3Client(bucket, self._prefix, options)
+        self._client = S3Client(bucket, self._prefix, options, patient=patient)
         self._read_only = read_only
         self._closed = False
 

@@ -126,3 +126,9 @@ class BucketContract:
         with pytest.raises(StorageError, match="no such bucket"):
             writer.finish()
         writer.abort()
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have what is opened from now on try again for ``seconds``."""
+    for name in ("DEADLINE_S", "PATIENCE_S"):
+        monkeypatch.setattr(f"ckptstore.storage.retrying.{name}", seconds)

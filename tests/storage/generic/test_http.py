@@ -16,7 +16,7 @@ import torch
 import ckptstore as cs
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError
 from ckptstore.storage import open_storage
-from ckptstore.storage.generic import remote
+from tests.storage.generic.rig import patience
 
 pytest.importorskip("aiohttp", reason="there is no aiohttp: pip install 'ckptstore[s3]'")
 
@@ -70,7 +70,7 @@ def kind(monkeypatch: pytest.MonkeyPatch) -> type[Handler]:
         failing: ClassVar[list[int]] = []
         sent: ClassVar[list[int]] = []
 
-    monkeypatch.setattr(remote, "DEADLINE_S", 0.5)
+    patience(monkeypatch, 0.5)
     return Own
 
 
@@ -123,7 +123,7 @@ def test_a_server_without_listings_is_never_taken_for_empty(url: str, kind: type
 def test_a_server_that_fails_is_asked_again(
     url: str, kind: type[Handler], saved: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "DEADLINE_S", 60)
+    patience(monkeypatch, 60)
     # The first is for the question by HEAD, the second for that by GET.
     kind.failing += [503, 503]
 
@@ -146,6 +146,6 @@ def test_a_server_that_goes_on_failing_is_away(url: str, kind: type[Handler], sa
 def test_nobody_there_is_away() -> None:
     """Port 9 is the one where everything is discarded, and nobody listens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "DEADLINE_S", 0.5)
+        patience(patch, 0.5)
         with pytest.raises(UnavailableError):
             cs.open("http://127.0.0.1:9/runs", read_only=True).checkpoints()

@@ -20,10 +20,10 @@ from ckptstore.errors import (
     UnavailableError,
 )
 from ckptstore.storage import open_storage
-from ckptstore.storage.generic import GenericStorage, remote
+from ckptstore.storage.generic import GenericStorage
 from ckptstore.storage.generic.failures import is_transient, may_be_applied
 from ckptstore.storage.generic.traits import traits_of
-from tests.storage.generic.rig import MemoryRaw, register
+from tests.storage.generic.rig import MemoryRaw, patience, register
 
 
 class FailingFileSystem(MemoryFileSystem):
@@ -67,7 +67,7 @@ class AzureLikeError(Exception):
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> str:
     register("failing", FailingFileSystem)
-    monkeypatch.setattr(remote, "DEADLINE_S", 0.3)
+    patience(monkeypatch, 0.3)
     return uuid4().hex
 
 
@@ -91,7 +91,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, method: str, *steps: tuple[str, Except
     ids=lambda e: type(e).__name__,
 )
 def test_what_may_pass_is_tried_again(place: str, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(remote, "DEADLINE_S", 60)
+    patience(monkeypatch, 60)
     storage = GenericStorage("failing", place, {})
     storage.create("a", b"x")
     left = plan(monkeypatch, "info", ("before", error), ("before", error))
@@ -165,7 +165,7 @@ def test_a_write_that_fails_says_what_is_certain(
 
 
 def test_a_creation_whose_answer_was_lost_knows_its_own_work(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "DEADLINE_S", 60)
+    patience(monkeypatch, 60)
     storage = GenericStorage("failing", place, {})
     left = plan(monkeypatch, "cp_file", ("after", TimeoutError("the answer was lost")))
 
@@ -180,7 +180,7 @@ def test_a_creation_whose_answer_was_lost_knows_its_own_work(place: str, monkeyp
 def test_a_creation_that_lost_its_answer_does_not_take_what_is_another_s(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "DEADLINE_S", 60)
+    patience(monkeypatch, 60)
     storage = GenericStorage("failing", place, {})
     left = plan(monkeypatch, "cp_file", ("before", TimeoutError("the answer was lost")))
     real = FailingFileSystem._planned

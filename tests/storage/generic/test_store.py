@@ -10,19 +10,17 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore as cs
-from ckptstore.storage import retrying
-from ckptstore.storage.generic import GenericStorage, remote
-from tests.storage.generic.rig import FragileFileSystem, MemoryRaw, register
+from ckptstore.storage.generic import GenericStorage
+from tests.storage.generic.rig import FragileFileSystem, MemoryRaw, patience, register
 
 
 @pytest.fixture
 def name(monkeypatch: pytest.MonkeyPatch) -> str:
     """A place at ``fragile://``; nothing breaks unless a test says so, and then it is not tried again for long."""
     register("fragile", FragileFileSystem)
-    monkeypatch.setattr(remote, "DEADLINE_S", 0.5)
+    patience(monkeypatch, 0.5)
     monkeypatch.setattr(FragileFileSystem, "breaking", None)
     monkeypatch.setattr(FragileFileSystem, "fired", [])
-    assert retrying.DEADLINE_S == 120
     return uuid4().hex
 
 
@@ -79,7 +77,7 @@ def test_what_breaks_for_a_while_is_written_again(name: str, monkeypatch: pytest
         return real(self, path, mode, **how)
 
     monkeypatch.setattr(FragileFileSystem, "_open", heal)
-    monkeypatch.setattr(remote, "DEADLINE_S", 60)
+    patience(monkeypatch, 60)
 
     storage = GenericStorage("fragile", name, {})
     storage.create("a/b", b"all of it")
