@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,16 +34,17 @@ def binary() -> str | None:
 
 
 def _ports(count: int) -> list[int]:
-    """Free ports whose neighbours ten thousand above, which the server takes too, are free as well."""
+    """Free ports whose neighbours ten thousand above, which the server takes too, are free as well.
+
+    All below those that the system gives to outgoing connections, which would come in between.
+    """
     found: list[int] = []
     while len(found) < count:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            with suppress(OSError, OverflowError):
-                if port <= 55_000 and port not in found:
-                    other.bind(("127.0.0.1", port + 10_000))
-                    found.append(port)
+        port = random.randrange(10_000, 22_000)
+        with socket.socket() as one, socket.socket() as other, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            found += [port] if port not in found else []
     return found
 
 
