@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, overload
 
@@ -26,6 +27,7 @@ from ckptstore.errors import (
     StaleWriterError,
     StateError,
     StorageError,
+    UnavailableError,
 )
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
@@ -117,7 +119,7 @@ class Store(View):
             if here:
                 self._dispatcher.background.settle()
         finally:
-            if here:
+            if here and not self._closed:
                 self._end_copies()
             self._closed = True
             if not here or not self._dispatcher.background.busy():
@@ -136,9 +138,12 @@ class Store(View):
 
     def _copied(self) -> None:
         """Make room here, after a backup has got all there is. Not while a save runs, which may borrow."""
-        if self._keep is not None:
+        # Where one is away, not every backup has it; and one that never answers would keep the others waiting.
+        if self._keep is not None and all(backup.reachable for backup in self._finder.backups.all):
+            # Whoever was replaced has nothing to say here any more.
             self._dispatcher.claim.check_fence()
-            evict(self._storage, self._finder, self._keep, self._dispatcher.lock)
+            with suppress(UnavailableError):
+                evict(self._storage, self._finder, self._keep, self._dispatcher.lock)
 
     def _committed(self, checkpoint: Checkpoint, durable: Durable) -> None:
         """Have the backups copy ``checkpoint``, and wait for them where that is wanted."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, overload
 
 from ckptstore.engine.backups import Backup
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
-from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
+from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import new_store
 from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
 from ckptstore.engine.finder import Finder
@@ -20,11 +20,12 @@ from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError, StorageError
+from ckptstore.format import layout
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
 from ckptstore.maintenance.receipts import Lag, lags
-from ckptstore.maintenance.repair import Repairer
+from ckptstore.maintenance.repair import Repairer, is_there
 from ckptstore.maintenance.replicate import Replicator
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.maintenance.verify import VerifyReport, prove, verify
@@ -168,10 +169,12 @@ class View:
         others = [other for other in (self._storage, *backups.storages) if other is not home]
         with closing(Rescuer(others)) as rescuer:
             yield Loader(home, self._tools.pool, self._tools.threads, progress, rescuer)
-        if rescuer.met:
-            self._repair(home, rescuer)
-        if home is not self._storage and not self._read_only:
-            self._bring_back(checkpoint, home)
+        # All is loaded by now: what fails from here on is no failure of the load.
+        with suppress(StorageError):
+            if rescuer.met and is_there(home, checkpoint):
+                self._repair(home, rescuer)
+            if not self._read_only:
+                self._restore(checkpoint, home)
 
     def _repair(self, home: Storage, rescuer: Rescuer) -> None:
         first, more = rescuer.met[0], len(rescuer.met) - 1
@@ -182,6 +185,14 @@ class View:
         failures = Repairer(home, rescuer.others, self._carrier).noted(rescuer)
         how = f"repairing it failed: {failures[0]}" if failures else "it is repaired"
         warnings.warn(f"{told}, and {how}", DamageWarning, stacklevel=5)
+
+    def _restore(self, checkpoint: Checkpoint, home: Storage) -> None:
+        """Have the primary be whole where it has lost what no load needs: store.json, or all of ``checkpoint``."""
+        if home is not self._storage:
+            self._bring_back(checkpoint, home)
+        elif self._finder.store_record() is None:
+            repairer = Repairer(home, self._finder.backups.storages, self._carrier)
+            repairer.records([Damage(layout.STORE, "")], checkpoint.record.store_id)
 
     def _bring_back(self, checkpoint: Checkpoint, home: Storage) -> None:
         """Have the primary hold what was loaded; all that it should have, where it has lost everything."""

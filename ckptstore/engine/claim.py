@@ -64,8 +64,16 @@ class Claim:
         """
         self._tried = self._tried or try_out(self._storage)
 
+    def _known(self, catalogue: Catalogue) -> StoreRecord | None:
+        try:
+            return self._backups.store_record()
+        except StorageError:
+            if catalogue.store_id is None:
+                raise
+            return None
+
     def _take(self, catalogue: Catalogue) -> tuple[StoreRecord, int]:
-        store = ensure_store(self._storage, known_id=catalogue.store_id, like=self._backups.store_record())
+        store = ensure_store(self._storage, known_id=catalogue.store_id, like=self._known(catalogue))
         highest = catalogue.highest
         self._sequence = max(self._sequence, highest.seq if highest else 0)
         numbers = writers(self._storage) if self._shared else []

@@ -116,23 +116,34 @@ def claim_writer(storage: Storage, store_id: str, *, above: int) -> int:
     """Become the newest writer: the number created, higher than ``above`` and than every other."""
     for _ in range(_CLAIM_ROUNDS):
         number = 1 + max([above, *writers(storage)])
-        if claim_number(storage, store_id, number):
+        if claim_number(storage, number, writer_record(store_id, number)):
             return number
     raise StorageError(f"{storage.url}: another writer took every number tried in writers/")
 
 
-def claim_number(storage: Storage, store_id: str, number: int) -> bool:
-    """Become writer ``number``; False if another one is it."""
+def writer_record(store_id: str, number: int) -> bytes:
+    """What this process puts down to be writer ``number``."""
     record = WriterRecord(
         writer=number, store_id=store_id, host=socket.gethostname()[:200], pid=os.getpid(), created=now()
     )
-    key, data = layout.writer_key(number), seal(record)
+    return seal(record)
+
+
+def claim_number(storage: Storage, number: int, data: bytes) -> bool:
+    """Become writer ``number`` with ``data``; False if another one is it."""
+    key = layout.writer_key(number)
     try:
         storage.create(key, data)
+        if storage.capabilities.exclusive_create:
+            return True
     except ExistsError:
-        return False
+        # Ours, if an answer was lost on the way, or came too late.
+        pass
     # Where two may have been told that they created it, the bytes tell whose it is: each has other ones.
-    return storage.capabilities.exclusive_create or storage.read(key, limit=SMALL_LIMIT) == data
+    try:
+        return storage.read(key, limit=SMALL_LIMIT) == data
+    except (NotFoundError, IntegrityError, FormatError):
+        return False
 
 
 def _proven_store(data: bytes) -> bytes:
@@ -260,6 +271,26 @@ def condemn(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> b
     except ExistsError:
         return isinstance(read_fate(storage, id), CondemnedRecord)
     return True
+
+
+EVICTED = "every backup has it"
+"""The reason in the tombstone of a checkpoint that is let go here, and no less there for that."""
+
+
+def is_evicted(storage: Storage, id: CheckpointId) -> bool:
+    """Whether ``id``, which has or had a tombstone, was let go because every backup has it, and not deleted.
+
+    Raises:
+        StorageError: its tombstone can't be read.
+    """
+    key = layout.tombstone_key(id)
+    try:
+        return unseal(storage.read(key, limit=SMALL_LIMIT), key, [TombstoneRecord]).reason == EVICTED
+    except NotFoundError:
+        # Gone meanwhile: all has been let go, or it was brought back.
+        return True
+    except (IntegrityError, FormatError):
+        return False
 
 
 def bury(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> None:

@@ -8,11 +8,12 @@ from typing import NoReturn
 
 from ckptstore.engine.backups import Backups
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, read_holds, scan
-from ckptstore.engine.commit import read_store
+from ckptstore.engine.commit import is_evicted, read_store
 from ckptstore.engine.damage import DamageWarning, all_damaged, as_error, warn_damaged
 from ckptstore.engine.select import SELECTORS, select
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
+from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import StoreRecord
 from ckptstore.storage.base import Storage
 
@@ -28,6 +29,7 @@ class Finder:
         self._store: StoreRecord | None = None
         self._warned = False
         self._elsewhere: Mapping[str, Storage] = {}
+        self._deleted: set[CheckpointId] = set()
 
     def view(self) -> Catalogue:
         """All that there is: what the register says, and what only the backups have.
@@ -39,11 +41,23 @@ class Finder:
         if not self.backups:
             return self.scan()
         record = self.store_record()
-        found = self.backups.merged_into(self._scan(afresh=False), record.store_id if record else None)
+        own, store_id = self._scan(afresh=False), record.store_id if record else None
+        found = self.backups.merged_into(own, store_id, self.is_evicted)
         if self._read_only and record is None and found.highest is None:
             self.require_store()
         self._elsewhere = found.elsewhere
         return found
+
+    def is_evicted(self, id: CheckpointId) -> bool:
+        """Whether ``id``, which has a tombstone here, was let go because every backup has it, and not deleted.
+
+        Raises:
+            StorageError: its tombstone can't be read.
+        """
+        if id not in self._deleted and not is_evicted(self._storage, id):
+            # Remembered, as deleted ones are many; the others are few, and soon no more.
+            self._deleted.add(id)
+        return id not in self._deleted
 
     def home(self, checkpoint: Checkpoint) -> Storage:
         """Where ``checkpoint`` lies, by the last view."""

@@ -202,19 +202,20 @@ def open_file(storage: Storage, file: DataFile, id: str, rescue: Rescue | None =
         IntegrityError: missing, or longer or shorter than it was saved.
     """
     try:
-        return _open_whole(storage, file, id)
+        return _open_whole(storage, file, id, partly=rescue is not None)
     except IntegrityError as error:
         if rescue is None:
             raise
         return _Lost(error)
 
 
-def _open_whole(storage: Storage, file: DataFile, id: str) -> ObjectReader:
+def _open_whole(storage: Storage, file: DataFile, id: str, *, partly: bool) -> ObjectReader:
+    """``partly``: also what is left of one that was cut off, whose end is found to be damaged when it is read."""
     try:
         reader = storage.open_reader(file.key)
     except NotFoundError as error:
         raise IntegrityError(f"{file.key} is missing", id=id, key=file.key) from error
-    if reader.size != file.entry.stored_bytes:
+    if reader.size != file.entry.stored_bytes and not (partly and reader.size < file.entry.stored_bytes):
         size = reader.size
         reader.close()
         raise IntegrityError(

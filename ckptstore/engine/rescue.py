@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ckptstore.engine.catalogue import Damage
-from ckptstore.engine.reader import Contents, DataFile, open_file, read_sealed
+from ckptstore.engine.reader import Contents, DataFile, read_sealed
 from ckptstore.errors import IntegrityError, NotFoundError, StorageError
 from ckptstore.format.records import Sealed256
 from ckptstore.storage.base import ObjectReader, Storage
@@ -55,7 +55,7 @@ class Rescuer:
         for number, other in enumerate(self.others):
             with self._lock:
                 if (file.key, number) not in self._open:
-                    self._open[file.key, number] = _opened(other, file, id)
+                    self._open[file.key, number] = _opened(other, file)
                 reader = self._open[file.key, number]
             if reader is not None:
                 yield reader
@@ -75,7 +75,8 @@ class Rescuer:
             self._open.clear()
 
 
-def _opened(storage: Storage, file: DataFile, id: str) -> ObjectReader | None:
+def _opened(storage: Storage, file: DataFile) -> ObjectReader | None:
+    # Of whatever size: each block is checked by itself.
     with suppress(IntegrityError, NotFoundError, StorageError):
-        return open_file(storage, file, id)
+        return storage.open_reader(file.key)
     return None

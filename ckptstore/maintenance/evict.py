@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from ckptstore.engine.backups import Backups
+from ckptstore.engine.backups import GLANCE_S, Backups
+from ckptstore.engine.bounded import within
 from ckptstore.engine.catalogue import Catalogue, Checkpoint
+from ckptstore.engine.commit import EVICTED
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.reader import read_contents
 from ckptstore.errors import CheckpointError, ExistsError
 from ckptstore.format import layout
+from ckptstore.format.layout import CheckpointId
 from ckptstore.maintenance.keep import bury
 from ckptstore.maintenance.leftovers import find_leftovers
 from ckptstore.maintenance.lent import Lent
@@ -24,37 +27,43 @@ _LOCK_S = 1.0
 def evict(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock) -> list[str]:
     """Remove from ``storage`` what ``keep`` doesn't keep, if every backup has it whole; the ids that went.
 
-    ``lock`` keeps this process's saves away while something is removed, not while the backups are asked. Where a save
-    has it, which may be waiting for this very thread, the next time will do.
+    ``lock`` keeps this process's saves away while something is removed, not while the backups are asked. Where they go
+    on for long, nothing is removed this time: one of them may be waiting for its copy, which the caller makes.
 
     The order is that of deleting and pruning, and for the same reasons: a tombstone, which holds respect; the commit
-    record; then the files that nobody borrows; the tombstone last, as it would hide what the backups have.
+    record; then the files that nobody borrows; the tombstone last. What a killed process had begun is finished.
 
     Raises:
         StorageError: the storage or a backup failed; nothing is removed on an incomplete listing.
     """
     own = finder.scan()
     kept = keep.kept(own.checkpoints) | {c.id for c in own.checkpoints[-1:]}
-    going = [c for c in own.checkpoints if c.id not in kept]
-    if not going:
+    begun = {id for id in own.graves if finder.is_evicted(id)}
+    going = [c for c in own.checkpoints if c.id not in kept] + [c for c in own.buried if c.order in begun]
+    if not going and not begun:
         return []
-    safe = _whole_in_all(finder.backups, going[0].record.store_id, going)
+    safe = _whole_in_all(finder.backups, going[0].record.store_id, going) if going else set()
     if not lock.acquire(timeout=_LOCK_S):
         return []
     try:
-        gone = [c for c in going if c.id in safe and _take_away(storage, c)]
+        gone = {c.order for c in going if c.id in safe and (c.order in begun or _is_buried_now(storage, c))}
+        storage.delete([layout.commit_key(id) for id in sorted(gone)])
+        gone |= begun - {c.order for c in own.buried}
         _remove_files(storage, own, gone)
-        storage.delete([layout.tombstone_key(c.order) for c in gone])
+        # Also of what turned out not to be safe: it exists.
+        storage.delete([layout.tombstone_key(id) for id in sorted(gone | begun)])
     finally:
         lock.release()
-    return [c.id for c in gone]
+    return [str(id) for id in sorted(gone)]
 
 
 def _whole_in_all(backups: Backups, store_id: str, going: Sequence[Checkpoint]) -> set[str]:
     """The ids of those whose every object each backup has, in the right size: content was proven when it was copied."""
     safe = {c.id for c in going}
     for backup in backups.all:
-        there = {c.id: c.record for c in backup.scan(store_id).checkpoints}
+        # One that never answers must not keep the others from being copied to.
+        theirs = within(GLANCE_S, lambda it=backup: it.scan(store_id), f"listing {backup.url}")  # type: ignore[misc]
+        there = {c.id: c.record for c in theirs.checkpoints}
         safe = {c.id for c in going if c.id in safe and there.get(c.id) == c.record}
         sizes = {entry.key: entry.size for entry in backup.storage.list(layout.CHECKPOINTS)} if safe else {}
         safe = {c.id for c in going if c.id in safe and _is_whole(backup.storage, c, sizes)}
@@ -69,20 +78,18 @@ def _is_whole(storage: Storage, checkpoint: Checkpoint, sizes: dict[str, int]) -
     return all(sizes.get(file.key) == file.stored_bytes for file in files)
 
 
-def _take_away(storage: Storage, checkpoint: Checkpoint) -> bool:
+def _is_buried_now(storage: Storage, checkpoint: Checkpoint) -> bool:
     try:
-        bury(storage, checkpoint, "every backup has it")
+        bury(storage, checkpoint, EVICTED)
     except ExistsError:
         # Held, or deleted by somebody else.
         return False
-    storage.delete([layout.commit_key(checkpoint.order)])
     return True
 
 
-def _remove_files(storage: Storage, before: Catalogue, gone: Sequence[Checkpoint]) -> None:
-    """Remove the files of ``gone``, but for what others borrow, as the commits tell now that the records are gone."""
-    ids = {c.order for c in gone}
-    entries = [entry for c in gone for entry in storage.list(layout.folder(c.order))]
+def _remove_files(storage: Storage, before: Catalogue, ids: Collection[CheckpointId]) -> None:
+    """Remove the files of ``ids``, but for what others borrow, as the commits tell now that the records are gone."""
+    entries = [entry for id in ids for entry in storage.list(layout.folder(id))]
     now = settled(storage, before)
     for leftover in find_leftovers(entries, now, Lent(storage, now))[0]:
         if leftover.order in ids:

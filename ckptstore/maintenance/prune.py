@@ -80,6 +80,7 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
                 removed.append(name)
     uploads = _drop_uploads(storage, catalogue, graves, grace)
     _forget(storage, catalogue, entries, now - TOMBSTONE_S)
+    _forget_copies(storage, copying, now - grace.seconds, spared)
     return PruneReport(removed, [str(id) for id in sorted(reclaimed)], spared, freed, uploads)
 
 
@@ -187,15 +188,20 @@ def _condemned(storage: Storage, catalogue: Catalogue, id: CheckpointId | None) 
         return False
 
 
+def _forget_copies(
+    storage: Storage, copying: Mapping[CheckpointId, float], before: float, spared: Iterable[str]
+) -> None:
+    """Drop the marks of copies that were begun ``before``, and of which nothing arrives any more."""
+    going_on = {layout.try_id(name) for name in spared}
+    storage.delete([layout.copying_key(id) for id, begun in copying.items() if begun < before and id not in going_on])
+
+
 def _forget(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float) -> None:
     """Drop the tombstones and condemnations of ids of which nothing was left, when they are old enough."""
     present = {layout.folder_id(entry.key) for entry in entries} | {c.order for c in catalogue.buried}
     # Without its tombstone one that was deleted here would be taken from its backup again.
     present |= {layout.receipt_id(entry.key) for entry in entries}
     for entry in entries:
-        id = layout.copying_id(entry.key)
-        if id is not None and entry.modified < before:
-            storage.delete([entry.key])
         id = layout.record_id(entry.key)
         if id is None or id in present or entry.modified >= before:
             continue

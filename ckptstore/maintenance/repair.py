@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from ckptstore.engine.catalogue import Damage
-from ckptstore.engine.commit import parse_fate
+from ckptstore.engine.catalogue import Checkpoint, Damage
+from ckptstore.engine.commit import parse_fate, read_fate
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, StorageError
 from ckptstore.format import layout
@@ -15,6 +15,20 @@ from ckptstore.format.records import SMALL_LIMIT, CommitRecord, StoreRecord, uns
 from ckptstore.maintenance.heal import Healer
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.storage.base import Storage
+
+
+def is_there(storage: Storage, checkpoint: Checkpoint) -> bool:
+    """Whether it is committed in ``storage`` even now: what was taken away while it was read is no damage.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    try:
+        return isinstance(read_fate(storage, checkpoint.order), CommitRecord)
+    except NotFoundError:
+        return False
+    except (IntegrityError, FormatError):
+        return True
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from ckptstore.errors import (
     CheckpointError,
     FormatError,
     IntegrityError,
+    NotFoundError,
     SaveFailedError,
     StaleWriterError,
     StorageError,
@@ -58,8 +60,10 @@ class Replicator:
         self._carrier, self._right, self._on_copied = carrier, right, copied
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._awake = self._ending = False
-        self._tries = 0
+        self._awake = self._ending = self._over = self._away = False
+        self._begun = self._done = self._waiting = 0
+        # No thread goes on in a fork, and the lock may have been held when it began.
+        self._pid = os.getpid()
         self._error: CheckpointError | None = None
         self._there: set[str] = set()
         self._hopeless: dict[str, CheckpointError] = {}
@@ -76,7 +80,9 @@ class Replicator:
         return self._backup.storage
 
     def wake(self) -> None:
-        """Something was committed: look what is to be copied."""
+        """Something was committed: look what is to be copied. Nothing happens in a fork."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._awake = True
             if self._thread is None and not self._ending:
@@ -86,6 +92,8 @@ class Replicator:
 
     def bring_back(self, checkpoints: list[Checkpoint]) -> None:
         """Copy ``checkpoints`` from the backup to the primary, which lacks them, in this order."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             waiting = {c.id for c in self._missed}
             self._missed += [c for c in checkpoints if c.id not in waiting]
@@ -97,18 +105,29 @@ class Replicator:
         Raises:
             UnavailableError: a try to copy it failed, which will be made again; on the primary it is safe.
             StaleWriterError: a newer run has claimed the backup.
-            IntegrityError, SaveFailedError: it never will be there.
+            IntegrityError, SaveFailedError, StorageError: it never will be there.
         """
         with self._changed:
-            begun = self._tries
-            self._changed.wait_for(lambda: self._is_settled(id, begun))
-            error = self._stale or self._hopeless.get(id)
-            if error is not None:
-                raise error
+            # The round that goes on may have looked before ``id`` was committed; the one that was asked for will see.
+            due = self._begun + (1 if self._awake else 0)
+            self._waiting += 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._is_settled(id, due))
+            finally:
+                self._waiting -= 1
             if id not in self._there:
-                raise UnavailableError(
-                    f"{id} is saved, but not yet in {self.url}, to which it will be copied later: {self._error}", id=id
-                )
+                raise self._why_not(id)
+
+    def _why_not(self, id: str) -> CheckpointError:
+        if known := self._stale or self._hopeless.get(id):
+            return known
+        if self._error is not None or self._over:
+            why = self._error or "the store was closed"
+            return UnavailableError(
+                f"{id} is saved, but not yet in {self.url}, to which it will be copied later: {why}", id=id
+            )
+        return StorageError(f"{id} was saved, but isn't copied to {self.url}: it was deleted here or there", id=id)
 
     def end(self) -> None:
         """Copy what is left, as long as the backup takes it, and then no more. Returns at once; see ``join``."""
@@ -123,14 +142,21 @@ class Replicator:
         if self._error is not None:
             _log.warning("the backup %s lacks checkpoints; the next run that saves copies them", self.url)
 
-    def _is_settled(self, id: str, begun: int) -> bool:
+    def _is_settled(self, id: str, due: int) -> bool:
         known = id in self._there or id in self._hopeless or self._stale is not None
-        # A round that had begun before may have ended without it; one that began later tried.
-        return known or (self._error is not None and self._tries > begun + 1) or self._thread is None
+        return known or self._done >= due or self._over or self._thread is None
 
     # -- its thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _work(self) -> None:
         pause = 0.0
         while self._begins(pause):
             try:
@@ -150,31 +176,33 @@ class Replicator:
         """Wait until there is something to do; False at the end."""
         with self._changed:
             if pause:
-                self._changed.wait_for(lambda: self._ending, timeout=pause)
+                self._changed.wait_for(lambda: self._ending or self._waiting > 0, timeout=pause)
             else:
                 self._changed.wait_for(lambda: self._awake or self._ending)
             if self._ending and (pause or not self._awake):
                 return False
             self._awake = False
+            self._begun += 1
             return True
 
     def _succeeded(self) -> None:
-        was_away, self._backup.reachable = not self._backup.reachable, True
         with self._changed:
-            was_away = was_away or self._error is not None
-            self._error = None
-            self._tries += 1
+            was_away = self._away or self._error is not None
+            self._error, self._away = None, False
+            self._done += 1
             self._changed.notify_all()
         if was_away:
             _log.warning("the backup %s is reached again, and has all checkpoints now", self.url)
 
     def _failed(self, error: CheckpointError, pause: float) -> None:
+        # Nor do saves wait for it now. Where one of them noticed before, it was told already.
+        news = self._backup.lose() if isinstance(error, UnavailableError) else self._backup.reachable
         with self._changed:
             first, self._error = self._error is None, error
-            self._tries += 1
+            self._done += 1
             self._awake = True
             self._changed.notify_all()
-        if first:
+        if first and news:
             _log.warning("copying to the backup %s failed, and is tried again every %g s: %s", self.url, pause, error)
 
     def _end_stale(self, error: StaleWriterError) -> None:
@@ -207,6 +235,8 @@ class Replicator:
             self._backup.claim(store, number)
         else:
             self._backup.admit(store)
+        self._away = self._away or not self._backup.reachable
+        self._backup.reachable = True
 
     def _lacking(self, store: StoreRecord) -> Iterator[Checkpoint]:
         """What is to be copied, oldest first; receipts are given for what is there already."""
@@ -247,7 +277,11 @@ class Replicator:
 
     def _note(self, checkpoint: Checkpoint, method: Method, has_receipt: bool) -> None:
         if not has_receipt:
-            receipts.give(self._storage, self.url, checkpoint, method)
+            try:
+                receipts.give(self._storage, self.url, checkpoint, method)
+            except StorageError as error:
+                # No room, as it may be: the next round gives it, and what was copied may make room until then.
+                _log.warning("the receipt of %s for %s couldn't be written: %s", self.url, checkpoint.id, error)
         with self._changed:
             self._there.add(checkpoint.id)
             self._changed.notify_all()
@@ -256,14 +290,12 @@ class Replicator:
         """Bring back to the primary what was asked for."""
         while self._missed:
             checkpoint = self._missed[0]
-            store = self._backup.store_record()
-            if store is not None:
-                ensure_store(self._storage, like=store)
-                copier = Copier(self._backup.storage, self._storage, self._carrier)
-                try:
-                    copier.copy(checkpoint)
-                    receipts.give(self._storage, self.url, checkpoint, "found")
-                except (IntegrityError, FormatError, SaveFailedError) as error:
-                    _log.error("%s can't be brought back from %s: %s", checkpoint.id, self.url, error)
+            try:
+                # Its own store.json may be damaged.
+                ensure_store(self._storage, known_id=checkpoint.record.store_id, like=self._backup.store_record())
+                Copier(self._backup.storage, self._storage, self._carrier).copy(checkpoint)
+                receipts.give(self._storage, self.url, checkpoint, "found")
+            except (IntegrityError, FormatError, SaveFailedError, NotFoundError) as error:
+                _log.error("%s can't be brought back from %s: %s", checkpoint.id, self.url, error)
             with self._changed:
                 self._missed.remove(checkpoint)

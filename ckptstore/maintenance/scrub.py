@@ -14,7 +14,7 @@ from ckptstore.engine.rescue import Rescuer
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance.keep import is_buried
-from ckptstore.maintenance.repair import Repairer
+from ckptstore.maintenance.repair import Repairer, is_there
 
 _log = logging.getLogger("ckptstore")
 
@@ -70,7 +70,7 @@ class Scrubber:
                     self._checkpoint(checkpoint, rescuer, proven, pause_s)
                 except (IntegrityError, FormatError) as error:
                     self._found(checkpoint, error)
-            if rescuer.met:
+            if rescuer.met and is_there(self._repairer.storage, checkpoint):
                 self._repair(rescuer)
 
     def _checkpoint(self, checkpoint: Checkpoint, rescuer: Rescuer, proven: set[str], pause_s: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.reader import BlockTask, Contents, DataFile, Rescue, open_file, read_stored
 from ckptstore.engine.workers import give_way, run
+from ckptstore.errors import IntegrityError
 from ckptstore.storage.base import ObjectReader, Storage
 
 
@@ -61,7 +62,7 @@ class Carrier:
         """Read every block of ``file`` back from ``key``.
 
         Raises:
-            IntegrityError: one has other bytes.
+            IntegrityError: one has other bytes, or there are more or fewer.
             NotFoundError: nothing is there.
         """
 
@@ -71,6 +72,9 @@ class Carrier:
                 read_stored(contents, task, buffers[0]).release()
 
         with closing(storage.open_reader(key)) as reader:
+            if reader.size != file.entry.stored_bytes:
+                message = f"{storage.url}/{key} has {reader.size} bytes, {file.entry.stored_bytes} were saved"
+                raise IntegrityError(message, id=contents.commit.id, key=key)
             self._each(file, reader, look)
 
     def _each(self, file: DataFile, reader: ObjectReader, work: Callable[[BlockTask], None]) -> None:

@@ -125,9 +125,10 @@ class LocalStorage:
                 if size and self._preallocate:
                     posix.preallocate(file.fd, -(-size // ALIGNMENT) * ALIGNMENT)
                 direct = size is not None and self._make_direct(file)
+                it = os.fstat(file.fd)
             except BaseException:
                 file.close()
-                self._discard(key)
+                self._discard(key, None)
                 raise
         return FileWriter(
             file,
@@ -135,7 +136,7 @@ class LocalStorage:
             key,
             direct=direct,
             sync=self._sync,
-            discard=lambda: self._discard(key),
+            discard=lambda: self._discard(key, it),
             direct_refused=lambda: self._learn(direct_io=False),
         )
 
@@ -344,11 +345,15 @@ class LocalStorage:
             self._sync(file)
             file.close()
 
-    def _discard(self, key: str) -> None:
-        """Remove an unfinished file, and its folder if that is empty now; durability doesn't matter."""
+    def _discard(self, key: str, it: os.stat_result | None) -> None:
+        """Remove an unfinished file, and its folder if that is empty now; durability doesn't matter.
+
+        Only if ``it`` still stands there, where that is given: a repair may have put a good file in its place.
+        """
         folder, name = _split(key)
         with suppress(OSError), self._open_folder(folder) as parent:
-            os.unlink(name, dir_fd=parent.fd)
+            if it is None or os.path.samestat(it, os.stat(name, dir_fd=parent.fd, follow_symlinks=False)):
+                os.unlink(name, dir_fd=parent.fd)
         with suppress(OSError):
             self._remove_if_empty(folder)
 

@@ -67,8 +67,9 @@ class MemoryStorage:
 
     def open_writer(self, key: str, *, size: int | None = None) -> MemoryWriter:
         """Begin a large object; see ``Storage.open_writer``."""
-        self._put_new(key, StoredObject(b"", time.time()))
-        return MemoryWriter(self._objects, key)
+        placeholder = StoredObject(b"", time.time())
+        self._put_new(key, placeholder)
+        return MemoryWriter(self._objects, key, placeholder)
 
     def open_reader(self, key: str) -> MemoryReader:
         """Open an object for reading; see ``Storage.open_reader``."""
@@ -126,8 +127,8 @@ class MemoryStorage:
 class MemoryWriter:
     """One object in the making."""
 
-    def __init__(self, objects: Space, key: str) -> None:
-        self._objects, self._key = objects, key
+    def __init__(self, objects: Space, key: str, placeholder: StoredObject) -> None:
+        self._objects, self._key, self._placeholder = objects, key, placeholder
         self._lock = threading.Lock()
         self._slots: list[Slot] = []
         self._pieces: dict[int, bytes] = {}
@@ -174,7 +175,9 @@ class MemoryWriter:
         if self._state in ("open", "failed"):
             self._state = "aborted"
             self._pieces.clear()
-            self._objects.pop(self._key, None)
+            # A repair may have put something good in its place.
+            if self._objects.get(self._key) is self._placeholder:
+                self._objects.pop(self._key, None)
 
     def _check_open(self, doing: str) -> None:
         if self._state != "open":
