@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,8 @@ from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
 from ckptstore.units import duration_s, size_bytes
 from ckptstore.view import View
+
+_log = logging.getLogger("ckptstore")
 
 SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
 Place: TypeAlias = str | os.PathLike[str]
@@ -433,7 +436,7 @@ def _opened(
     backup_options: Mapping[str, Any] | None,
     read_only: bool,
 ) -> tuple[Storage, list[Storage]]:
-    others = [open_storage(place, read_only=read_only, options=backup_options) for place in backups]
+    others = _opened_backups(backups, backup_options, read_only)
     try:
         # Whoever only looks wants to know soon; a run that saves has time. Backups are tried again by themselves.
         storage = open_storage(url, read_only=read_only, options=options, patient=not read_only)
@@ -447,6 +450,17 @@ def _opened(
         if places.count(place) > 1:
             raise FormatError(f"{place} is given twice: a backup must lie in another place")
     return storage, others
+
+
+def _opened_backups(places: Sequence[Place], options: Mapping[str, Any] | None, read_only: bool) -> list[Storage]:
+    """All of them; for people who only look without those that nothing was copied to yet."""
+    opened = []
+    for place in places:
+        try:
+            opened.append(open_storage(place, read_only=read_only, options=options))
+        except NotFoundError as error:
+            _log.warning("a backup is left out: %s", error)
+    return opened
 
 
 def _check_durable(durable: str, has_backup: bool) -> None:
