@@ -20,7 +20,7 @@ from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError, StorageError
+from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError
 from ckptstore.format import layout
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
@@ -170,7 +170,7 @@ class View:
         with closing(Rescuer(others)) as rescuer:
             yield Loader(home, self._tools.pool, self._tools.threads, progress, rescuer)
         # All is loaded by now: what fails from here on is no failure of the load.
-        with suppress(StorageError):
+        with suppress(CheckpointError):
             if rescuer.met and is_there(home, checkpoint):
                 self._repair(home, rescuer)
             if not self._read_only:
@@ -188,11 +188,11 @@ class View:
 
     def _restore(self, checkpoint: Checkpoint, home: Storage) -> None:
         """Have the primary be whole where it has lost what no load needs: store.json, or all of ``checkpoint``."""
+        if self._finder.store_record() is None:
+            repairer = Repairer(self._storage, self._finder.backups.storages, self._carrier)
+            repairer.records([Damage(layout.STORE, "")], checkpoint.record.store_id)
         if home is not self._storage:
             self._bring_back(checkpoint, home)
-        elif self._finder.store_record() is None:
-            repairer = Repairer(home, self._finder.backups.storages, self._carrier)
-            repairer.records([Damage(layout.STORE, "")], checkpoint.record.store_id)
 
     def _bring_back(self, checkpoint: Checkpoint, home: Storage) -> None:
         """Have the primary hold what was loaded; all that it should have, where it has lost everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +15,7 @@ from ckptstore.engine.finder import Finder
 from ckptstore.maintenance.replicate import Replicator
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.storage import open_storage
-from ckptstore.storage.base import Storage
+from ckptstore.storage.base import Entry, ObjectReader, ObjectWriter, Slot, Storage, Upload
 from ckptstore.store import Store
 from tests.integrity.stores import FolderRaw, MemoryRaw, Raw, Tensors, flat, opened, silence
 
@@ -100,3 +100,83 @@ def tidy(raw: Raw) -> None:
 
 def folder(path: Path) -> FolderRaw:
     return FolderRaw(path)
+
+
+class Hooked:
+    """``inner``, with ``hook`` called before each call with its name and the key or prefix."""
+
+    def __init__(self, inner: Storage, hook: Callable[[str, str], object]) -> None:
+        self.inner, self.hook = inner, hook
+        self.url, self.capabilities = inner.url, inner.capabilities
+
+    def list(self, prefix: str) -> list[Entry]:
+        self.hook("list", prefix)
+        return self.inner.list(prefix)
+
+    def size(self, key: str) -> int:
+        self.hook("size", key)
+        return self.inner.size(key)
+
+    def read(self, key: str, *, limit: int) -> bytes:
+        self.hook("read", key)
+        return self.inner.read(key, limit=limit)
+
+    def create(self, key: str, data: bytes) -> None:
+        self.hook("create", key)
+        self.inner.create(key, data)
+
+    def open_writer(self, key: str, *, size: int | None = None) -> ObjectWriter:
+        self.hook("open_writer", key)
+        return HookedWriter(self.inner.open_writer(key, size=size), key, self.hook)
+
+    def open_reader(self, key: str) -> ObjectReader:
+        self.hook("open_reader", key)
+        return self.inner.open_reader(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        keys = list(keys)
+        for key in keys:
+            self.hook("delete", key)
+        self.inner.delete(keys)
+
+    def replace(self, key: str, by: str) -> None:
+        self.hook("replace", key)
+        self.inner.replace(key, by)
+
+    def probe(self, key: str, data: bytes) -> None:
+        self.hook("probe", key)
+        self.inner.probe(key, data)
+
+    def uploads(self) -> Sequence[Upload]:
+        return self.inner.uploads()
+
+    def abort_uploads(self, uploads: Iterable[Upload]) -> None:
+        self.inner.abort_uploads(uploads)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class HookedWriter:
+    def __init__(self, inner: ObjectWriter, key: str, hook: Callable[[str, str], object]) -> None:
+        self.inner, self.key, self.hook = inner, key, hook
+
+    def reserve(self, length: int) -> Slot:
+        return self.inner.reserve(length)
+
+    def write(self, slot: Slot, data: memoryview) -> None:
+        self.hook("write", self.key)
+        self.inner.write(slot, data)
+
+    def finish(self) -> int:
+        self.hook("finish", self.key)
+        return self.inner.finish()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+
+def hook_backups(store: Store, hook: Callable[[str, str], object]) -> None:
+    """Have ``hook`` called before each call of the backups of ``store``."""
+    for backup in store._finder.backups.all:
+        backup.storage = Hooked(backup.storage, hook)
