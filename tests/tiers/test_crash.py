@@ -176,7 +176,7 @@ def half_copied(primary: Raw, backup: Raw) -> Scene:
     """The backup has one checkpoint, and of the others whole, cut off, changed, overlong and zeroed objects."""
     wanted = fill(primary)
     replicator(storage_of(primary), storage_of(backup), number=2)._round()
-    first, second, third = sorted(wanted)
+    _, second, third = sorted(wanted)
     for id in (second, third):
         backup.remove(f"commits/{id}.json")
     backup.remove(f"checkpoints/{third}/manifest.json")

@@ -97,9 +97,7 @@ class Scene:
         assert not [call for call in calls if "checkpoints/" in call and not call.startswith("list")]
 
 
-def scene(
-    encoding: str = "none", *, large: bool = False, backups: int = 1, steps: Sequence[int] = (1,)
-) -> Scene:
+def scene(encoding: str = "none", *, large: bool = False, backups: int = 1, steps: Sequence[int] = (1,)) -> Scene:
     primary, others = memory(), [memory() for _ in range(backups)]
     wanted = {}
     with opened_with(primary, *others, compression=encoding) as store:
