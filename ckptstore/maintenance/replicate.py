@@ -13,6 +13,7 @@ from ckptstore.engine.commit import ensure_store
 from ckptstore.engine.finder import Finder
 from ckptstore.errors import (
     CheckpointError,
+    CommitUnknownError,
     FormatError,
     IntegrityError,
     NotFoundError,
@@ -267,7 +268,7 @@ class Replicator:
         if is_buried(self._storage, checkpoint):
             # Deleted while it was copied.
             return True
-        if isinstance(error, StorageError):
+        if isinstance(error, StorageError | CommitUnknownError):
             return False
         _log.error("%s can't be copied to the backup %s: %s", checkpoint.id, self.url, error)
         with self._changed:

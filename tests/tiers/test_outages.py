@@ -329,8 +329,9 @@ def test_making_room_waits_for_no_save_that_waits_for_a_copy(monkeypatch: pytest
     saving, making = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> list[str]:
-        making.set()
-        assert saving.wait(HANG_S)
+        if len([key for key in primary.listing() if key.startswith("commits/")]) > 1:
+            making.set()
+            assert saving.wait(HANG_S)
         return evict(*args)
 
     def on_read() -> None:
@@ -341,11 +342,33 @@ def test_making_room_waits_for_no_save_that_waits_for_a_copy(monkeypatch: pytest
         from ckptstore.engine.facts import Facts
 
         monkeypatch.setattr(ckptstore.store, "evict", slow)
-        save(store, 1, durable="backup")
-        store._dispatcher.save(state(content(2), on_read=on_read), Facts(2, None, {}, {}, []), "backup")
+        save(store, 1)
+        save(store, 2)
+        store._dispatcher.save(state(content(3), on_read=on_read), Facts(3, None, {}, {}, []), "backup")
         assert saving.is_set()
     assert len([key for key in primary.listing() if key.startswith("commits/")]) == 1
-    assert len([key for key in backup.listing() if key.startswith("commits/")]) == 2
+    assert len([key for key in backup.listing() if key.startswith("commits/")]) == 3
+
+
+def test_a_commit_there_of_which_nothing_is_known_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The request was lost, and so was the question whether it was."""
+    primary, backup = memory(), memory()
+    lost: list[str] = []
+
+    def lose(call: str, key: str) -> None:
+        # Its creation, and the first look at it after that.
+        if key.startswith("commits/") and (call == "create" or lost) and len(lost) < 2 and call != "list":
+            lost.append(call)
+            raise UnavailableError("the connection was lost", transient=True, outcome="unknown")
+
+    with opened_with(primary, backup) as store:
+        save(store, 1, durable="backup")
+        hook_backups(store, lose)
+        id = save(store, 2)
+        until(lambda: has(backup, id))
+        save(store, 3, durable="backup")
+    assert lost == ["create", "read"]
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
 
 
 def test_interrupted_while_it_waits() -> None:
