@@ -35,6 +35,9 @@ _log = logging.getLogger("ckptstore")
 _PAUSE_S = (1.0, 60.0)
 """Between one try and the next while a backup can't be reached: at first, and at most."""
 
+_LOOK_S = 1.0
+"""How long is waited at a time: Ctrl-C, pressed just before a thread begins to wait, is noticed only after that."""
+
 Right = Callable[[], tuple[StoreRecord, int | None] | None]
 """The store and this run's number as a writer, None in it where several runs share the store; None before a save."""
 
@@ -114,7 +117,8 @@ class Replicator:
             self._waiting += 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._is_settled(id, due))
+                while not self._changed.wait_for(lambda: self._is_settled(id, due), timeout=_LOOK_S):
+                    pass
             finally:
                 self._waiting -= 1
             if id not in self._there:
@@ -138,8 +142,8 @@ class Replicator:
 
     def join(self) -> None:
         """Return when all has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_LOOK_S)
         if self._error is not None:
             _log.warning("the backup %s lacks checkpoints; the next run that saves copies them", self.url)
 
