@@ -117,6 +117,6 @@ def test_the_instrument_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         there = {entry.key for entry in storage.list(layout.COMMITS)}
         return replace(catalogue, buried=[c for c in catalogue.buried if layout.commit_key(c.order) in there])
 
-    monkeypatch.setattr("ckptstore.maintenance.prune._settled", unchanged)
+    monkeypatch.setattr("ckptstore.maintenance.prune.settled", unchanged)
     with pytest.raises((AssertionError, IntegrityError)):
         test_a_commit_during_a_prune(direct=True)
