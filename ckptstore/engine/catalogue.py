@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
 from ckptstore.engine.commit import parse_fate, read_record
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, UnavailableError
+from ckptstore.engine.workers import run
+from ckptstore.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import CommitRecord, HoldRecord, unseal
-from ckptstore.storage.base import Entry, Storage
+from ckptstore.storage.base import Storage
 
 _SCANS = 20
 """How often a listing is begun again because the store changed meanwhile."""
+_RECORDS_IN_FLIGHT = 32
+"""How many are read at a time where storage is far away: more than blocks, as reading one is mostly waiting."""
 
 
 @dataclass(frozen=True)
@@ -159,53 +163,67 @@ def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
     buried: list[Checkpoint] = []
     condemned: set[CheckpointId] = set()
     damaged: list[Damage] = []
-    ids = []
-    for entry in entries:
-        id = layout.record_id(entry.key)
-        if id is None:
-            continue
-        ids.append(id)
+    ids = {entry.key: id for entry in entries if (id := layout.record_id(entry.key)) is not None}
+    bad = _each([key for key in ids if key not in cache], partial(_learn, storage, cache), storage)
+    for key, id in ids.items():
         try:
-            record = _fate(storage, entry, cache)
+            if key in bad:
+                raise bad[key]
+            record = cache[key]
             if record is None:
                 condemned.add(id)
                 continue
             if store_id is not None and record.store_id != store_id:
-                raise IntegrityError(f"{entry.key} belongs to another store ({record.store_id})", key=entry.key)
+                raise IntegrityError(f"{key} belongs to another store ({record.store_id})", key=key)
             (buried if id in graves else live).append(Checkpoint.of(record))
         except (IntegrityError, FormatError) as error:
             way_out = "Copy it back from a backup, or move it away: prune then collects its files"
-            damaged.append(Damage(entry.key, f"{error}. {way_out}", id=str(id)))
+            damaged.append(Damage(key, f"{error}. {way_out}", id=str(id)))
     live.sort(key=lambda c: c.order)
     buried.sort(key=lambda c: c.order)
     known = frozenset(filter(None, graves))
-    return Catalogue(live, buried, frozenset(condemned), damaged, max(ids, default=None), known)
+    return Catalogue(live, buried, frozenset(condemned), damaged, max(ids.values(), default=None), known)
 
 
-def _fate(storage: Storage, entry: Entry, cache: Cache) -> CommitRecord | None:
-    if entry.key not in cache:
-        fate = read_record(storage, entry.key, lambda data: parse_fate(data, entry.key))
-        cache[entry.key] = fate if isinstance(fate, CommitRecord) else None
-    return cache[entry.key]
+def _learn(storage: Storage, cache: Cache, key: str) -> None:
+    fate = read_record(storage, key, lambda data: parse_fate(data, key))
+    cache[key] = fate if isinstance(fate, CommitRecord) else None
 
 
 def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
     """The id that each hold pins, by the hold's name, and the holds that can't be read."""
-    holds: dict[str, str] = {}
-    damaged = []
-    for entry in storage.list(layout.HOLDS):
-        name = layout.hold_name(entry.key)
-        if name is None:
-            continue
+    names = {entry.key: name for entry in storage.list(layout.HOLDS) if (name := layout.hold_name(entry.key))}
+    found: dict[str, str] = {}
+
+    def look(key: str) -> None:
+        # Released since it was listed.
+        with suppress(NotFoundError):
+            found[names[key]] = read_record(storage, key, partial(_held, key, names[key]))
+
+    bad = _each(list(names), look, storage)
+    holds = {name: found[name] for name in names.values() if name in found}
+    return holds, [Damage(key, str(bad[key])) for key in names if key in bad]
+
+
+def _each(
+    keys: Sequence[str], look: Callable[[str], None], storage: Storage
+) -> dict[str, IntegrityError | FormatError]:
+    """``look`` at the record at each key, many at a time where ``storage`` is far away; what is wrong, by key.
+
+    Raises:
+        NotFoundError, StorageError: of whichever failed first; the others may not have been looked at.
+    """
+    bad: dict[str, IntegrityError | FormatError] = {}
+
+    def work(key: str) -> None:
         try:
-            holds[name] = read_record(storage, entry.key, partial(_held, entry.key, name))
-        except NotFoundError:
-            continue
-        except CheckpointError as error:
-            if not isinstance(error, IntegrityError | FormatError):
-                raise
-            damaged.append(Damage(entry.key, str(error)))
-    return holds, damaged
+            look(key)
+        except (IntegrityError, FormatError) as error:
+            bad[key] = error
+
+    far = storage.capabilities.in_flight is not None
+    run(keys, work, threads=max(1, min(_RECORDS_IN_FLIGHT, len(keys))) if far else 1)
+    return bad
 
 
 def _held(key: str, name: str, data: bytes) -> str:

@@ -163,11 +163,10 @@ def read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit
     if wanted.size > limit:
         raise FormatError(f"{key} is said to have {wanted.size} bytes, more than the {limit} allowed", id=id, key=key)
     try:
-        size = storage.size(key)
-        data = storage.read(key, limit=wanted.size) if size == wanted.size else b""
+        data, size = _read_at_most(storage, key, wanted.size)
         if size == wanted.size and sha256(data) != wanted.sha256:
             # A flip on the way up heals by itself, one on the disk does not.
-            data = storage.read(key, limit=wanted.size)
+            data, size = _read_at_most(storage, key, wanted.size)
     except NotFoundError as error:
         raise IntegrityError(f"{key} is missing", id=id, key=key) from error
     if size != wanted.size:
@@ -180,6 +179,16 @@ def read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit
             f"{key} is damaged: its SHA-256 differs", id=id, key=key, expected=wanted.sha256, actual=actual
         )
     return data
+
+
+def _read_at_most(storage: Storage, key: str, limit: int) -> tuple[bytes, int]:
+    """An object and its size; nothing of one that is longer than ``limit``."""
+    try:
+        # Its size is not asked for beforehand: that would be a second request, and may take as long as the first.
+        data = storage.read(key, limit=limit)
+    except FormatError:
+        return b"", storage.size(key)
+    return data, len(data)
 
 
 class _Lost:
@@ -195,24 +204,28 @@ class _Lost:
         pass
 
 
-def open_file(storage: Storage, file: DataFile, id: str, rescue: Rescue | None = None) -> ObjectReader:
+def open_file(
+    storage: Storage, file: DataFile, id: str, rescue: Rescue | None = None, *, at_once: bool = True
+) -> ObjectReader:
     """A data file, opened; one that is lost, too, where there is a ``rescue`` for each of its blocks.
+
+    Without ``at_once`` the first read may tell what is wrong, which spares a request.
 
     Raises:
         IntegrityError: missing, or longer or shorter than it was saved.
     """
     try:
-        return _open_whole(storage, file, id, partly=rescue is not None)
+        return _open_whole(storage, file, id, at_once, partly=rescue is not None)
     except IntegrityError as error:
         if rescue is None:
             raise
         return _Lost(error)
 
 
-def _open_whole(storage: Storage, file: DataFile, id: str, *, partly: bool) -> ObjectReader:
+def _open_whole(storage: Storage, file: DataFile, id: str, at_once: bool, *, partly: bool) -> ObjectReader:
     """``partly``: also what is left of one that was cut off, whose end is found to be damaged when it is read."""
     try:
-        reader = storage.open_reader(file.key)
+        reader = storage.open_reader(file.key, size=None if at_once else file.entry.stored_bytes)
     except NotFoundError as error:
         raise IntegrityError(f"{file.key} is missing", id=id, key=file.key) from error
     if reader.size != file.entry.stored_bytes and not (partly and reader.size < file.entry.stored_bytes):
@@ -252,7 +265,7 @@ def read_tensors(
     total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
     meter = Meter(total, progress)
     for file, sinks, blocks in plan:
-        with closing(open_file(storage, file, contents.commit.id, rescue)) as reader:
+        with closing(open_file(storage, file, contents.commit.id, rescue, at_once=False)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
             deliver = partial(_deliver, sinks, meter)
             check_blocks(contents, tasks, deliver, pool=pool, threads=threads, rescue=rescue)
@@ -298,6 +311,8 @@ def check_blocks(
             try:
                 raw = _read_block(contents, task, buffers, rescue)
             except (IntegrityError, FormatError) as error:
+                # Storage doesn't know whose bytes they are.
+                error.id = error.id or contents.commit.id
                 if damaged is None:
                     raise
                 damaged(task, error)

@@ -159,8 +159,10 @@ class Storage(Protocol):
             StorageFullError: ``size`` bytes are not there.
         """
 
-    def open_reader(self, key: str) -> ObjectReader:
-        """Open an object for reading.
+    def open_reader(self, key: str, *, size: int | None = None) -> ObjectReader:
+        """Open an object for reading; ``size`` in bytes, where known, may spare looking at it.
+
+        Then the first read may be what tells that it is missing or has another size, as an ``IntegrityError``.
 
         Raises:
             NotFoundError: no such object.

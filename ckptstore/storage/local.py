@@ -140,7 +140,7 @@ class LocalStorage:
             direct_refused=lambda: self._learn(direct_io=False),
         )
 
-    def open_reader(self, key: str) -> FileReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> FileReader:
         """Open an object for reading; see ``Storage.open_reader``."""
         check_key(key)
         return FileReader(key, lambda: self._open_for_blocks(key), lambda: self._reading("read", key))

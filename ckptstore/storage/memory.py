@@ -71,7 +71,7 @@ class MemoryStorage:
         self._put_new(key, placeholder)
         return MemoryWriter(self._objects, key, placeholder)
 
-    def open_reader(self, key: str) -> MemoryReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> MemoryReader:
         """Open an object for reading; see ``Storage.open_reader``."""
         return MemoryReader(self._find(key).data)
 

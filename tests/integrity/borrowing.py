@@ -114,9 +114,9 @@ class Interrupted:
         self.step()
         return self.inner.open_writer(key, size=size)
 
-    def open_reader(self, key: str) -> ObjectReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> ObjectReader:
         self.step()
-        return self.inner.open_reader(key)
+        return self.inner.open_reader(key, size=size)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -57,9 +57,9 @@ class CrashingStorage:
     def open_writer(self, key: str, *, size: int | None = None) -> ObjectWriter:
         return CrashingWriter(self, self.change(lambda: self.inner.open_writer(key, size=size)))
 
-    def open_reader(self, key: str) -> ObjectReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> ObjectReader:
         self.check()
-        return self.inner.open_reader(key)
+        return self.inner.open_reader(key, size=size)
 
     def delete(self, keys: Iterable[str]) -> None:
         # One by one: a crash may come between any two.

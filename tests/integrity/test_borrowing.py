@@ -291,7 +291,7 @@ def test_a_shared_file_is_verified_once(memory: MemoryRaw) -> None:
     key, read_from, seen = f"checkpoints/{chain[0].id}/{MODEL}", [], []
     with opened(memory.url) as store:
         open_reader = store._storage.open_reader
-        store._storage.open_reader = lambda key: read_from.append(key) or open_reader(key)  # type: ignore[method-assign, func-returns-value]
+        store._storage.open_reader = lambda key, **how: read_from.append(key) or open_reader(key, **how)  # type: ignore[method-assign, func-returns-value]
         report = store.verify(progress=lambda done, total: seen.append((done, total)))
     assert report.ok
     assert sorted(read_from) == sorted(set(read_from))

@@ -226,8 +226,8 @@ def test_a_damaged_block_heals_by_reading_again(memory_pair: Pair) -> None:
     with opened(p.raw.url) as store:
         open_reader, reads = store._storage.open_reader, []
 
-        def flipping(key: str):  # type: ignore[no-untyped-def]
-            reader = open_reader(key)
+        def flipping(key: str, **how: object):  # type: ignore[no-untyped-def]
+            reader = open_reader(key, **how)
             read_into = reader.read_into
 
             def once(offset: int, buffer: memoryview) -> int:

@@ -214,8 +214,8 @@ def test_objects_that_shrink_while_they_are_read(p: Pair, store_path: Path) -> N
     with opened(p.raw.url) as store:
         open_reader, cut = store._storage.open_reader, []
 
-        def cutting(key: str):  # type: ignore[no-untyped-def]
-            reader = open_reader(key)
+        def cutting(key: str, **how: object):  # type: ignore[no-untyped-def]
+            reader = open_reader(key, **how)
             os.truncate(path, 4100)
             cut.append(key)
             return reader

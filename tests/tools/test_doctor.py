@@ -264,7 +264,7 @@ class Sweeping(MemoryStorage):
 class BadBlocks(MemoryStorage):
     """One bit of each large object comes back flipped."""
 
-    def open_reader(self, key: str) -> MemoryReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> MemoryReader:
         data = bytearray(self.read(key, limit=1 << 30))
         data[-1] ^= 1
         return MemoryReader(bytes(data))
@@ -315,7 +315,7 @@ def test_blocks_in_flight_are_really_so_many() -> None:
     """Each read waits until as many are under way as there shall be, and none more is."""
 
     class Meeting(MemoryStorage):
-        def open_reader(self, key: str) -> MemoryReader:
+        def open_reader(self, key: str, *, size: int | None = None) -> MemoryReader:
             reader = super().open_reader(key)
             if "/blocks/" not in key:
                 return reader

@@ -151,8 +151,10 @@ class S3Storage:
             return S3Writer(self._client, path, key, size)
         raise ExistsError(f"{self.url}/{key} exists already, and nothing is ever overwritten", key=key)
 
-    def open_reader(self, key: str) -> S3Reader:
+    def open_reader(self, key: str, *, size: int | None = None) -> S3Reader:
         """Open an object for reading; see ``Storage.open_reader``."""
+        if size is not None:
+            return S3Reader(self._client, self._path(key), key, size)
         head = self._head(key)
         return S3Reader(self._client, self._path(key), key, int(head["ContentLength"]), head["ETag"])
 
