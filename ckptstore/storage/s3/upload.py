@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import threading
-import zlib
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptstore.errors import CheckpointError, StorageError
 from ckptstore.storage.base import Slot
 from ckptstore.storage.s3.answers import listing, put_object, told
+from ckptstore.storage.s3.body import Body
 from ckptstore.storage.s3.client import Call, S3Client
 from ckptstore.storage.s3.failures import Incomplete, code_of, may_be_applied
 
@@ -24,7 +24,7 @@ _SETTLE_S = 5.0
 
 def checksum(data: bytes) -> dict[str, str]:
     """The header by which the server verifies what it got."""
-    return {"ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()}
+    return Body([data]).checksum()
 
 
 def part_bytes(number: int, size: int | None) -> int:
@@ -43,7 +43,7 @@ class _Part:
 
     number: int
     slots: list[Slot] = field(default_factory=list)
-    pieces: dict[int, bytes] = field(default_factory=dict)
+    pieces: dict[int, bytes | memoryview] = field(default_factory=dict)
     closed: bool = False
 
     @property
@@ -54,10 +54,8 @@ class _Part:
     def full(self) -> bool:
         return self.closed and len(self.pieces) == len(self.slots)
 
-    def data(self) -> bytes:
-        if len(self.slots) == 1:
-            return self.pieces[self.slots[0].number]
-        return b"".join(self.pieces[slot.number] for slot in self.slots)
+    def data(self) -> list[bytes | memoryview]:
+        return [self.pieces[slot.number] for slot in self.slots]
 
 
 class S3Writer:
@@ -102,9 +100,11 @@ class S3Writer:
                 raise StorageError(f"{self._key}: {data.nbytes} bytes for a slot of {slot.length}", key=self._key)
             part = self._part_of[slot.number]
             with self._lock:
-                part.pieces[slot.number] = bytes(data)
+                part.pieces[slot.number] = data
                 # The last of a known size is known to be the only one, and then goes up at once.
                 ready = part.full and not self._is_only(part)
+                if not ready:
+                    part.pieces[slot.number] = bytes(data)
             if ready:
                 self._send(part)
         except BaseException as error:
@@ -123,7 +123,7 @@ class S3Writer:
             if missing:
                 raise StorageError(f"{self._key}: slot {missing[0]} was never written", key=self._key)
             if self._upload is None:
-                self._put(b"".join(part.data() for part in self._parts))
+                self._put([piece for part in self._parts for piece in part.data()])
             else:
                 for part in self._parts:
                     if part.number not in self._sent:
@@ -180,9 +180,10 @@ class S3Writer:
         if self._state != "open":
             raise StorageError(f"{self._key}: can't {doing}, it is {self._state} already", key=self._key)
 
-    def _put(self, data: bytes) -> None:
-        extra = checksum(data)
-        self._client.run(lambda call: put_object(call, Key=self._path, Body=data, **extra), "write", self._key)
+    def _put(self, data: Sequence[bytes | memoryview]) -> None:
+        with closing(Body(data)) as body:
+            fields = {"Key": self._path, "Body": body, **body.checksum()}
+            self._client.run(lambda call: put_object(call, **fields), "write", self._key)
 
     def _begun(self) -> str:
         with self._beginning:
@@ -220,18 +221,19 @@ class S3Writer:
             raise
 
     def _send(self, part: _Part) -> None:
-        upload, data = self._begun(), part.data()
-        extra = checksum(data)
+        upload = self._begun()
+        with closing(Body(part.data())) as body:
+            extra = body.checksum()
 
-        async def send(call: Call) -> dict[str, Any]:
-            answer = await told(
-                call, "upload_part", Key=self._path, UploadId=upload, PartNumber=part.number, Body=data, **extra
-            )
-            if not answer.get("ETag"):
-                raise Incomplete("the answer doesn't say that the part was stored")
-            return answer
+            async def send(call: Call) -> dict[str, Any]:
+                answer = await told(
+                    call, "upload_part", Key=self._path, UploadId=upload, PartNumber=part.number, Body=body, **extra
+                )
+                if not answer.get("ETag"):
+                    raise Incomplete("the answer doesn't say that the part was stored")
+                return answer
 
-        answer = self._client.run(send, "write", self._key)
+            answer = self._client.run(send, "write", self._key)
         sent = {"PartNumber": part.number, "ETag": answer["ETag"]}
         # Servers that keep it want to see it again.
         sent |= extra if answer.get("ChecksumCRC32") else {}
