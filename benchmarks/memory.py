@@ -52,21 +52,21 @@ def once(name: str, folder: str, size: Size) -> dict[str, int]:
         first.wait()
     workload = Workload(size)
     with MADE[name](os.path.join(folder, name), workload) as saver:
-        before = _fresh_peak()
+        before = fresh_peak()
         saver.save()
         saver.read()
         saver.wait()
-        return {"peak_bytes": _resident("VmHWM") - before, "kept_bytes": _resident("VmRSS") - before}
+        return {"peak_bytes": resident("VmHWM") - before, "kept_bytes": resident("VmRSS") - before}
 
 
-def _fresh_peak() -> int:
+def fresh_peak() -> int:
     """Give what is free back to the system, forget the peak so far, and tell the bytes that are left."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """A field of /proc/self/status in bytes: ``VmRSS`` now, ``VmHWM`` at the peak; shared memory is in both."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import figures, s3table
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {
@@ -43,6 +43,7 @@ def markdown(results: dict[str, Any]) -> str:
     if "listing" in results:
         found = results["listing"]
         parts.append(f"Listing {found['checkpoints']:,} checkpoints: {found['median_s']:.2f} s.")
+    parts += ["### Object stores", s3table.markdown(results["s3"])] if "s3" in results else []
     return "\n\n".join(parts)
 
 

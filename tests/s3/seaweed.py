@@ -33,7 +33,7 @@ def binary() -> str | None:
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
-def _ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free ports whose neighbours ten thousand above, which the server takes too, are free as well.
 
     All below those that the system gives to outgoing connections, which would come in between.
@@ -55,7 +55,7 @@ class Seaweed:
         self.folder = folder
         (folder / "data").mkdir(parents=True)
         self._config()
-        self._ports = _ports(4)
+        self._ports = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

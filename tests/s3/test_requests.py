@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import ckptstore as cs
+from benchmarks import s3costs
 from ckptstore.format import layout
 from ckptstore.format.records import HoldRecord, now, seal
 from ckptstore.format.tensorfile import BLOCK_BYTES
@@ -149,3 +151,24 @@ def test_a_data_file_that_is_not_what_was_saved(
         store.load(saved.id)
 
     assert (caught.value.key, caught.value.id) == (entry.key, saved.id)
+
+
+@pytest.mark.parametrize("counts", [(12,), (12, 1), (1, 30, 3)])
+def test_the_price_list_counts_what_is_sent(server: Seaweed, way: Latency, url: str, counts: tuple[int, ...]) -> None:
+    """Of the second save of a store that is open, and of a load by a new process."""
+    tensors = {
+        f"file{at}": {f"w{n}": torch.full((500_000,), float(n)) for n in range(count)}
+        for at, count in enumerate(counts)
+    }
+    with cs.open(url, storage_options=way.options(server.options)) as store:
+        store.save({"x": 1}, step=0)
+        way.forget()
+        saved = store.save(tensors, step=1)
+        sizes = [file.entry.stored_bytes for file in store.contents(saved).files]
+    assert len(sizes) == len(counts)
+    sent = way.kinds() - Counter({"GET": 2})  # of contents
+    assert sent == s3costs.save(sizes)
+    way.forget()
+    with cs.open(url, storage_options=way.options(server.options)) as store:
+        store.load()
+    assert way.kinds() == s3costs.load(sizes, checkpoints=2)
