@@ -28,6 +28,8 @@ class Passed(NamedTuple):
     """Bytes of the request's body."""
     got: int
     """Bytes of the answer's body."""
+    signed: str
+    """What it says of its body's SHA-256."""
 
 
 class Latency:
@@ -135,7 +137,8 @@ class Latency:
             await to_client.drain()
         finally:
             self._now -= 1
-        self.passed.append(_passed(first[0], first[1], int(status[1]), sent, got))
+        signed = fields.get("x-amz-content-sha256", "")
+        self.passed.append(_passed(first[0], first[1], int(status[1]), sent, got, signed))
         return "close" not in (fields.get("connection"), answered.get("connection"))
 
     async def _pass_gate(self, target: str) -> None:
@@ -181,9 +184,9 @@ async def _chunked(source: asyncio.StreamReader, target: asyncio.StreamWriter) -
             return total
 
 
-def _passed(method: str, target: str, status: int, sent: int, got: int) -> Passed:
+def _passed(method: str, target: str, *rest: Any) -> Passed:
     parts = urlsplit(target)
     asked = parse_qs(parts.query)
     if method == "GET" and "list-type" in asked:
-        return Passed("LIST", asked.get("prefix", [""])[0], status, sent, got)
-    return Passed(method, unquote(parts.path).lstrip("/"), status, sent, got)
+        return Passed("LIST", asked.get("prefix", [""])[0], *rest)
+    return Passed(method, unquote(parts.path).lstrip("/"), *rest)

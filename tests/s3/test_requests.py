@@ -172,3 +172,22 @@ def test_the_price_list_counts_what_is_sent(server: Seaweed, way: Latency, url: 
     with cs.open(url, storage_options=way.options(server.options)) as store:
         store.load()
     assert way.kinds() == s3costs.load(sizes, checkpoints=2)
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_parts_are_not_hashed_again_to_be_signed(server: Seaweed, way: Latency, url: str, asked: bool | None) -> None:
+    """Unless the configuration asks for it; all else is, over a connection that isn't encrypted."""
+    options = way.options(server.options)
+    if asked is not None:
+        options["config_kwargs"] = {"s3": {"payload_signing_enabled": asked}}
+    with cs.open(url, storage_options=options) as store:
+        store.save(state(), step=1)
+    sent = {one.key: one.signed for one in way.passed if one.kind == "PUT"}
+    parts = {signed for key, signed in sent.items() if key.endswith(".safetensors")}
+    records = {signed for key, signed in sent.items() if key.endswith(".json")}
+    assert (parts == {"unsigned-payload"}) == (asked is None)
+    assert all(len(signed) == 64 for signed in records)
+    assert (
+        server.client().list_multipart_uploads(Bucket=url.split("/")[2], Prefix=url.split("/", 3)[3]).get("Uploads")
+        is None
+    )

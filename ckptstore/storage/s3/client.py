@@ -23,6 +23,7 @@ from ckptstore.storage.s3.failures import is_never_sent, is_too_much, is_transie
 from ckptstore.storage.s3.gate import Gate
 from ckptstore.storage.s3.loop import event_loop
 from ckptstore.storage.s3.scrub import scrubbed, secrets_in, secrets_of
+from ckptstore.storage.s3.signing import leave_parts_unsigned
 
 T = TypeVar("T")
 
@@ -136,6 +137,8 @@ class S3Client:
 
     async def _call(self, method: str, /, **parameters: Any) -> dict[str, Any]:
         client = await self._fs.get_s3(self.bucket)
+        if method == "upload_part":
+            leave_parts_unsigned(client)
         request = getattr(client, method)
         if "CopySource" in parameters:
             # The key by which a copy is encrypted is that of its source too.
