@@ -34,7 +34,7 @@ from ckptstore.tools.turns import Tell, turns
 from tests.s3.latency import Latency
 from tests.s3.seaweed import Seaweed, binary
 
-IN_FLIGHT = (2, 4, 8, 16)
+IN_FLIGHT = (2, 4, 8)
 TRIED_BYTES = 256 << 20
 """To find the best of these."""
 WARM_BYTES = 20 << 20
