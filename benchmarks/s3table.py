@@ -22,11 +22,19 @@ NAMES = {
 SERVERS = {"seaweedfs": "SeaweedFS", "ceph": "Ceph RGW"}
 VERBS = {"save": "save to", "load": "cold load from"}
 
+HEAD = (
+    "Real servers on the machine that the clients run on: they share its cores, so that whoever needs less of them is "
+    "faster, which a network would hide. Plain clients move random bytes and check nothing; each is asked for as many "
+    "requests at a time as are best for it. Everybody begins without a connection, loads with a cold page cache."
+)
+
 Measured = Mapping[str, Any]
 
 
 def markdown(measured: Measured) -> str:
     """One table for each server and verb, and a line on the rest."""
+    if not measured["servers"]:
+        return ""
     tables = [
         _table(
             f"{VERBS[verb]} {SERVERS[name]}, {measured['bytes'] / 1e9:.2f} GB",
@@ -38,7 +46,7 @@ def markdown(measured: Measured) -> str:
         for verb in VERBS
         if verb in found
     ]
-    return "\n\n".join([*tables, *_others(measured)])
+    return "\n\n".join([HEAD, *tables, *_others(measured)])
 
 
 def _table(title: str, times: Mapping[str, Sequence[float]], in_flight: Mapping[str, int], size: int) -> str:
