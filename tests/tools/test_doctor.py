@@ -163,7 +163,7 @@ class Unconditional(MemoryStorage):
 class Whole(MemoryStorage):
     """Gives the beginning of an object, whatever part was asked for."""
 
-    def open_reader(self, key: str) -> MemoryReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> MemoryReader:
         reader = super().open_reader(key)
         inner = reader.read_into
         if "/abilities/" in key:
@@ -382,7 +382,7 @@ def test_what_is_far_away_is_read_once_and_with_more_in_flight() -> None:
             self.capabilities = replace(self.capabilities, in_flight=8)
             self.opened: list[str] = []
 
-        def open_reader(self, key: str) -> MemoryReader:
+        def open_reader(self, key: str, *, size: int | None = None) -> MemoryReader:
             self.opened.append(key.rpartition("/")[2])
             return super().open_reader(key)
 

@@ -125,7 +125,7 @@ class GenericStorage:
 
         return FileWriter(key, size, send)
 
-    def open_reader(self, key: str) -> FileReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> FileReader:
         """Open an object for reading; see ``Storage.open_reader``."""
         return FileReader(self._remote, self._path(key), key, self.size(key))
 
