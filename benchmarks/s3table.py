@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def _table(title: str, times: Mapping[str, Sequence[float]], in_flight: Mapping[
     lines = [f"| {title} | seconds | MB/s | ckptstore is |", "|---|---|---|---|"]
     for name in sorted(times, key=lambda name: (name != "ckptstore", name not in PLAIN, name != best)):
         seconds = times[name]
-        speed = f"{sorted(size / 1e6 / value for value in seconds)[len(seconds) // 2]:.0f}"
+        speed = f"{size / 1e6 / statistics.median(seconds):.0f}"
         ratio = "" if name == "ckptstore" else f"{_times(seconds, ours)} as fast"
         mark = " (the fastest plain client: the server's limit)" if name == best else ""
         lines.append(
