@@ -129,9 +129,9 @@ class Hooked:
         self.hook("open_writer", key)
         return HookedWriter(self.inner.open_writer(key, size=size), key, self.hook)
 
-    def open_reader(self, key: str) -> ObjectReader:
+    def open_reader(self, key: str, *, size: int | None = None) -> ObjectReader:
         self.hook("open_reader", key)
-        return self.inner.open_reader(key)
+        return self.inner.open_reader(key, size=size)
 
     def delete(self, keys: Iterable[str]) -> None:
         keys = list(keys)

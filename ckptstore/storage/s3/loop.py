@@ -32,7 +32,7 @@ class _Threads(ThreadPoolExecutor):
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=act, name="ckptstore-s3-call", daemon=True).start()
+        threading.Thread(target=act, name="s3-ckptstore-call", daemon=True).start()
         return future
 
 
@@ -43,7 +43,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
         if _loop is None:
             _loop = asyncio.new_event_loop()
             _loop.set_default_executor(_Threads())
-            threading.Thread(target=_run, args=(_loop,), name="ckptstore-s3", daemon=True).start()
+            threading.Thread(target=_run, args=(_loop,), name="s3-ckptstore", daemon=True).start()
         return _loop
 
 
