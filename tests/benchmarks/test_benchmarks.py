@@ -83,7 +83,7 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # ZipNN uses it
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name == "s3" else ()) for name in SMALL])
 def test_measures_and_makes_a_table(name: str, tmp_path: Path) -> None:
     """What a benchmark finds can be kept as JSON, and the table has a line of it."""
     if name not in possible():

@@ -76,7 +76,7 @@ def test_bits_of_store_json(memory_pair: Pair, full: bool) -> None:
     """A damaged store.json is named by a warning and by verify, costs no checkpoint, and stops no save."""
     p, key = memory_pair, "store.json"
     data = p.raw.get(key)
-    for bit in chosen(len(data) * 8, full, 4):
+    for bit in chosen(len(data) * 8, full, 16):
         p.raw.put(key, flipped(data, bit))
         reports(p, key)
         with opened(p.raw.url) as store, pytest.warns(DamageWarning, match=r"store\.json"):

@@ -104,8 +104,11 @@ def test_damage_is_bad_news(run: Run, url: str, server: Seaweed) -> None:
 # --- doctor and bench ---
 
 
-def test_doctor_tries_it_beside_a_store(run: Run, url: str, contents: Callable[[str], dict[str, Any]]) -> None:
+def test_doctor_tries_it_beside_a_store(
+    run: Run, url: str, contents: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which is left as it is, and so is everything else."""
+    monkeypatch.setattr("ckptstore.tools.promises.RACES_S", 1.0)
     before = contents(url)
     answer = run("doctor", url, "--size", "20MB", "--json")
 
@@ -144,6 +147,7 @@ def test_doctor_tells_what_follows_where_conditions_are_ignored(
     assert contents(empty) == {}
 
 
+@pytest.mark.full
 def test_ctrl_c_leaves_no_upload(aws: None, empty: str, contents: Callable[[str], dict[str, Any]]) -> None:
     blocks = lambda: any("/blocks/" in key for key in contents(empty))  # noqa: E731
     with started("doctor", empty, "--size", "500MB", until=blocks) as child:

@@ -33,7 +33,7 @@ class BucketRaw:
 
 
 class TestS3(StorageContract):
-    rounds = 2
+    rounds = 1
 
     @pytest.fixture
     def raw(self, server: Seaweed, bucket: str, prefix: str) -> BucketRaw:

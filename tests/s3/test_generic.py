@@ -13,6 +13,7 @@ from tests.storage.contract import StorageContract
 from tests.storage.generic.rig import BucketContract, VanishingContract
 
 
+@pytest.mark.full
 class TestGenericBucket(VanishingContract, BucketContract, StorageContract):
     rounds = 2
 

@@ -115,7 +115,7 @@ def test_writers_killed_one_after_the_other(server: Seaweed, url: str, full: boo
     latest = None
     store = ckptstore.open(url, storage_options=server.options)
 
-    for number in range(20 if full else 3):
+    for number in range(20 if full else 2):
         with named(f"writer {number}"), writing(url, server, 100 * number) as writer:
             writer.wait_saved(1)
             time.sleep(choose.uniform(0, 0.3))
@@ -140,7 +140,7 @@ def test_a_writer_that_sleeps_is_replaced(server: Seaweed, url: str, full: bool)
     unknown: list[str] = []
     store = ckptstore.open(url, storage_options=server.options)
 
-    for number in range(8 if full else 2):
+    for number in range(8 if full else 1):
         with (
             named(f"zombie {number}"),
             writing(url, server, 1000 * number) as zombie,
