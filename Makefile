@@ -25,6 +25,8 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(VENV)/ready
+	# A second S3 server; a third one, Ceph, where its packages are: apt-get install ceph-mon ceph-osd radosgw
+	$(BIN)/pip install --quiet --disable-pip-version-check 'moto[s3]~=5.2' flask flask-cors
 	$(BIN)/python -m pytest -n auto --dist worksteal --full
 
 check: $(VENV)/ready

@@ -106,7 +106,7 @@ class Ceph:
     def bucket(self) -> str:
         """The name of a new bucket."""
         name = f"b{uuid4().hex}"
-        self._client().create_bucket(Bucket=name)
+        self.client().create_bucket(Bucket=name)
         return name
 
     def _monitor(self) -> None:
@@ -138,7 +138,8 @@ class Ceph:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
         self._processes.append(process)
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """A plain botocore client."""
         return get_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
@@ -149,7 +150,7 @@ class Ceph:
         )
 
     def _wait(self) -> None:
-        deadline, client, name = time.monotonic() + READY_S, self._client(), f"ready{uuid4().hex}"
+        deadline, client, name = time.monotonic() + READY_S, self.client(), f"ready{uuid4().hex}"
         while True:
             try:
                 with suppress(client.exceptions.BucketAlreadyOwnedByYou):
