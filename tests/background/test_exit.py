@@ -97,10 +97,14 @@ SAMPLED = {"end of the script", "a step", "SIGKILL"}
 """The ends that are tried in both modes in every run; the others in both only in the complete one."""
 
 
+RARE = {"Ctrl-C twice", "Ctrl-C until it is abandoned", "os._exit", "sys.exit", "an exception"}
+"""Those that differ little from another one: only in the complete run."""
+
+
 @pytest.mark.parametrize(
     ("end", "mode"),
     [pytest.param(end, "async", marks=() if end in SAMPLED else pytest.mark.full) for end in ENDS]
-    + [(end, "overlapped") for end in ENDS],
+    + [pytest.param(end, "overlapped", marks=pytest.mark.full if end in RARE else ()) for end in ENDS],
 )
 def test_ending_with_a_save_in_flight(end: str, mode: str, store_path: Path) -> None:
     """A process that ends by itself completes the save; a killed one leaves what prune collects."""

@@ -73,7 +73,7 @@ def test_an_error_at_every_call(
     # A full or read-only disk can still be looked at.
     calls = [*CHANGING, *LOOKING] if name in ("EIO", "EINTR") else [call for call in CHANGING if call != "close"]
     points = traced.points(base.copy(tmp_path), base.operation, NEW, calls)
-    chosen = sampled(points, 32, full=full)
+    chosen = sampled(points, 48, full=full)
     failed = 0
 
     for point in chosen:

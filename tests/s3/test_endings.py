@@ -79,7 +79,7 @@ class Interrupter:
         exchange.answer(exchange.apply())
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [1, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.parametrize("sort", ["Head", "Begin", "Part", "Complete", "Put"])
 def test_an_interrupted_save_leaves_no_upload(monkeypatch: pytest.MonkeyPatch, sort: str, threads: int) -> None:
     """Wherever Ctrl-C comes, every upload is completed or aborted, and the store goes on."""

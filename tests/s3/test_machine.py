@@ -55,7 +55,7 @@ class BucketMachine(StoreMachine):
 def test_any_history(aws: None, server: Seaweed, bucket: str, full: bool) -> None:
     """A few short ones, each call taking milliseconds here; more and longer ones in the full run."""
     machine = type("Machine", (BucketMachine,), {"client": server.client(), "bucket": bucket})
-    examples, steps = (20, 25) if full else (4, 8)
+    examples, steps = (20, 25) if full else (3, 6)
     wanted = settings(
         max_examples=examples, stateful_step_count=steps, suppress_health_check=list(HealthCheck), deadline=None
     )

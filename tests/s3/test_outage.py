@@ -40,8 +40,7 @@ def state(step: int) -> dict[str, Any]:
     return {"model": {"weight": torch.arange(12 << 20, dtype=torch.float32) + step}, "n": step}
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("last", [0, 9])
+@pytest.mark.parametrize(("mode", "last"), [("sync", 0), ("async", 9)])
 def test_a_save_is_taken_up_again(
     mode: Any, last: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

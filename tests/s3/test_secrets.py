@@ -126,8 +126,9 @@ def test_secrets_of_the_environment_are_none_either(monkeypatch: pytest.MonkeyPa
     assert_no_canary(said)
 
 
-def test_wrong_places_tell_no_secret() -> None:
+def test_wrong_places_tell_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens, no such host, a user in the endpoint's URL, no such bucket."""
+    monkeypatch.setattr("ckptstore.storage.s3.client.REACH_S", 0.5)
     with FaultyServer(MemoryBucket("bucket")) as server:
         endpoints = ["http://127.0.0.1:1", "http://nowhere.invalid:80", f"http://{USER}@127.0.0.1:1"]
         for place in [*endpoints, f"http://127.0.0.1:{server.port}"]:
