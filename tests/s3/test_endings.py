@@ -41,7 +41,7 @@ def slow(number: int, request: Request) -> Fault:
     return act
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+@pytest.mark.parametrize("host", ["localhost", pytest.param("127.0.0.1", marks=pytest.mark.full)])
 def test_a_save_outlives_the_script(host: str) -> None:
     """A script ends right after it began a save in the background, whose connections all have yet to be made."""
     bucket = MemoryBucket("bucket")

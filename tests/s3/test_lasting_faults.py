@@ -24,7 +24,7 @@ from tests.s3.cases import BUCKET, LATEST, OLD, OPERATIONS, Operation, World, ch
 from tests.s3.kinds import KINDS, Kind
 from tests.s3.wire import FaultyServer, Request
 
-EVERY = 17
+EVERY = 37
 LASTING = {
     *("500", "503", "403", "404", "404 bucket", "429", "reset", "applied and reset", "applied and 500", "no answer"),
     *("error in a 200", "empty 200", "half an answer", "flipped on the way up", "twice", "late"),

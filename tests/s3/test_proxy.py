@@ -59,6 +59,7 @@ def attempt(storage: S3Storage, step: int, acknowledged: set[int]) -> Checkpoint
     return None
 
 
+@pytest.mark.full
 def test_faults_before_a_real_server(
     server: Seaweed, proxy: FaultyServer, bucket: str, prefix: str, full: bool
 ) -> None:

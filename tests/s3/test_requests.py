@@ -124,7 +124,7 @@ def test_damaged_records_among_many_are_told(server: Seaweed, url: str, storage:
     ("harm", "says"),
     [
         ("gone", "is missing"),
-        ("shorter", "bytes, .* were saved"),
+        pytest.param("shorter", "bytes, .* were saved", marks=pytest.mark.full),
         ("longer", "bytes, .* were saved"),
         ("much shorter", "bytes, .* were saved"),
     ],
@@ -153,7 +153,9 @@ def test_a_data_file_that_is_not_what_was_saved(
     assert (caught.value.key, caught.value.id) == (entry.key, saved.id)
 
 
-@pytest.mark.parametrize("counts", [(12,), (12, 1), (1, 30, 3)])
+@pytest.mark.parametrize(
+    "counts", [(1, 30, 3), *(pytest.param(some, marks=pytest.mark.full) for some in ((12,), (12, 1)))]
+)
 def test_the_price_list_counts_what_is_sent(server: Seaweed, way: Latency, url: str, counts: tuple[int, ...]) -> None:
     """Of the second save of a store that is open, and of a load by a new process."""
     tensors = {
@@ -174,7 +176,7 @@ def test_the_price_list_counts_what_is_sent(server: Seaweed, way: Latency, url: 
     assert way.kinds() == s3costs.load(sizes, checkpoints=2)
 
 
-@pytest.mark.parametrize("asked", [None, True])
+@pytest.mark.parametrize("asked", [None, pytest.param(True, marks=pytest.mark.full)])
 def test_parts_are_not_hashed_again_to_be_signed(server: Seaweed, way: Latency, url: str, asked: bool | None) -> None:
     """Unless the configuration asks for it; all else is, over a connection that isn't encrypted."""
     options = way.options(server.options)

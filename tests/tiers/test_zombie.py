@@ -194,7 +194,7 @@ def play(tmp_path: Path, seed: int, how: signal.Signals) -> Story:
     return story
 
 
-SEEDS = [pytest.param(seed, marks=pytest.mark.full if seed >= 3 else ()) for seed in range(30)]
+SEEDS = [pytest.param(seed, marks=pytest.mark.full if seed >= 2 else ()) for seed in range(30)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
