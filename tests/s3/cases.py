@@ -18,6 +18,10 @@ from ckptstore import view
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import CheckpointError
+from ckptstore.format import layout
+from ckptstore.maintenance.copy import Copier
+from ckptstore.maintenance.heal import Healer
+from ckptstore.maintenance.transfer import Carrier
 from ckptstore.storage.base import Storage
 from ckptstore.storage.memory import MemoryStorage, StoredObject
 from ckptstore.storage.s3 import S3Storage, upload
@@ -208,6 +212,21 @@ def _verify(store: Store) -> tuple[bool, int, int]:
     return report.ok, len(report.checkpoints), len(report.leftovers)
 
 
+def _heal(store: Store) -> int:
+    """Put every data file of the newest, and its manifest, in place of what is there, as if it were damaged."""
+    storage = store._storage
+    healer = Healer(storage, Carrier(_POOL, 1))
+    latest = store.resolve()
+    contents = store.contents(latest)
+    for file in contents.files:
+        healer.file(contents, file, storage, None)
+    key = layout.manifest_key(latest.order)
+    healer.record(
+        key, Copier(storage, storage, healer.carrier)._sealed(key, latest.record.manifest, latest.id, 1 << 20)
+    )
+    return len(contents.files)
+
+
 OPERATIONS = [
     Operation("save", _save, NEW, [OLD, LATEST, NEW]),
     Operation("first save", _save, NEW, [NEW], empty=True),
@@ -219,6 +238,7 @@ OPERATIONS = [
     Operation("undelete", lambda store: store.undelete(f"step:{BURIED}").step, BURIED, [BURIED, OLD, LATEST]),
     Operation("hold", _hold, ["precious"]),
     Operation("verify", _verify, (True, 2, 1), looks=True),
+    Operation("heal", _heal, 2),
     Operation("copy", _copy, ([OLD, LATEST], True), looks=True),
 ]
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from ckptstore.errors import CheckpointError
+from ckptstore.storage.s3.answers import told
 from ckptstore.storage.s3.client import Call, S3Client
 from ckptstore.storage.s3.failures import Incomplete
 
@@ -18,8 +19,7 @@ def copy_within(client: S3Client, source: str, target: str, size: int, key: str)
     """Have the server copy ``source`` over ``target``, both full names in the bucket; ``key`` is for messages.
 
     Raises:
-        NotFoundError: there is no source.
-        StorageError: the copy failed; ``target`` is what it was, or the copy.
+        StorageError: the copy failed, or there is no source; ``target`` is what it was, or the copy.
     """
     origin = {"Bucket": client.bucket, "Key": source}
     if size <= COPIED_AT_ONCE_BYTES:
@@ -41,7 +41,8 @@ def copy_within(client: S3Client, source: str, target: str, size: int, key: str)
 
 
 async def _copy(call: Call, target: str, origin: dict[str, str]) -> None:
-    answer = await call("copy_object", Key=target, CopySource=origin)
+    # The source was there a moment ago, and nobody else knows its name.
+    answer = await told(call, "copy_object", Key=target, CopySource=origin)
     if not answer.get("CopyObjectResult", {}).get("ETag"):
         raise Incomplete("the answer doesn't say that it was copied")
 
@@ -51,6 +52,8 @@ def _copy_part(
 ) -> dict[str, Any]:
     async def copy(call: Call) -> dict[str, Any]:
         span = f"bytes={first}-{last}"
-        return await call("upload_part_copy", PartNumber=number, CopySource=origin, CopySourceRange=span, **upload)
+        return await told(
+            call, "upload_part_copy", PartNumber=number, CopySource=origin, CopySourceRange=span, **upload
+        )
 
     return {"PartNumber": number, "ETag": client.run(copy, "replace", key)["CopyPartResult"]["ETag"]}
