@@ -19,16 +19,19 @@ from tenacity import RetryCallState
 
 from ckptstore.errors import StorageError
 from ckptstore.storage.retrying import Outage, deadline_s, tries
+from ckptstore.storage.s3.direct import Direct
 from ckptstore.storage.s3.failures import is_never_sent, is_too_much, is_transient, translate, without_secrets
 from ckptstore.storage.s3.gate import Gate
 from ckptstore.storage.s3.loop import event_loop
 from ckptstore.storage.s3.scrub import scrubbed, secrets_in, secrets_of
-from ckptstore.storage.s3.signing import leave_parts_unsigned
+from ckptstore.storage.s3.signing import Signed, leave_parts_unsigned, signed_get
 
 T = TypeVar("T")
 
 REACH_S = 10.0
 """Instead of the deadline, as long as nobody has ever answered: an endpoint that was mistyped shall be told at once."""
+_SIGNED_S = 10.0
+"""Longer than this no thread waits for a request that it sends itself."""
 _CONNECTIONS = 64
 _CONFIG: dict[str, Any] = {
     "connect_timeout": 10,
@@ -72,6 +75,8 @@ class S3Client:
             said = scrubbed(str(error), self._secrets)
             raise StorageError(f"s3://{bucket}: storage_options that s3fs doesn't take: {said}") from None
         self._gate = Gate(config["max_pool_connections"], is_too_much)
+        verify = self._fs.client_kwargs.get("verify")
+        self._direct = Direct(config["max_pool_connections"], self._deadline_s, config, verify)
         self._answered = False
         self._outage = Outage(f"s3://{bucket}/{prefix}", self._told, self._deadline_s)
         self._tries = tries(is_transient, self._is_over, self._outage)
@@ -99,6 +104,40 @@ class S3Client:
             raise failed from error
         self._outage.over()
         return done
+
+    def direct(self) -> Direct | None:
+        """How a thread sends requests of its own; None where it had better not."""
+        self._check_process()
+        return self._direct if self._gate.is_wide and self._direct.is_on() else None
+
+    def signed(self, path: str) -> Signed | None:
+        """A request for an object, to be sent by ``direct``; None where it can't be."""
+
+        async def sign() -> Signed | None:
+            await self._fs.set_session()
+            client = await self._fs.get_s3(self.bucket)
+            made = await signed_get(client, **self._complete(client.get_object, Key=path))
+            bundle = self._fs.session.get_config_variable("ca_bundle")
+            return made if self._direct.suits(made.url, bundle) else None
+
+        running = asyncio.run_coroutine_threadsafe(sign(), self._fs.loop)
+        try:
+            return running.result(_SIGNED_S)
+        except Exception:
+            # Whatever it is, the request by the event loop tells it.
+            self._direct.failed()
+            return None
+        finally:
+            running.cancel()
+
+    def answered(self) -> None:
+        """Note that ``direct`` had a good answer."""
+        self._answered = True
+        self._outage.over()
+
+    def close(self) -> None:
+        """Close connections that aren't in use, but for those of the event loop. Safe to go on after."""
+        self._direct.close()
 
     def _told(self, error: BaseException) -> str:
         return scrubbed(str(translate(error, "a request", self._where(""), "")), self._all_secrets())
@@ -144,14 +183,18 @@ class S3Client:
             # The key by which a copy is encrypted is that of its source too.
             secret = {f"CopySource{name}": value for name, value in self._extra.items() if "SSECustomer" in name}
             parameters = secret | parameters
-        complete = self._fs._get_s3_method_kwargs(request, self._fs.req_kw, Bucket=self.bucket, **parameters)
         try:
-            answer: dict[str, Any] = await request(**complete)
+            answer: dict[str, Any] = await request(**self._complete(request, **parameters))
         except ClientError:
             self._answered = True
             raise
         self._answered = True
         return answer
+
+    def _complete(self, request: Any, **parameters: Any) -> dict[str, Any]:
+        """``parameters``, and those that the options give to all such requests."""
+        complete = self._fs._get_s3_method_kwargs(request, self._fs.req_kw, Bucket=self.bucket, **parameters)
+        return dict(complete)
 
     def _where(self, key: str) -> str:
         client = getattr(self._fs, "_s3", None)

@@ -24,6 +24,11 @@ class Gate:
         self._inside = self._cuts = 0
         self._waiting: list[asyncio.Future[None]] = []
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the server bears all that can be sent. From any thread."""
+        return self.limit >= self._most
+
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
         """Wait for a turn; an error that leaves the block may lower the limit."""

@@ -1,4 +1,6 @@
-"""Parts of large objects are not hashed once more to be signed, also where the connection isn't encrypted.
+"""How requests are signed: what is left out, and one that is signed here and sent by others.
+
+Parts of large objects are not hashed once more to be signed, also where the connection isn't encrypted.
 
 Over TLS botocore leaves it out by itself. What a part holds is told by its digest, in records which are signed whole;
 its checksum, which the server verifies, is among what is signed of the request.
@@ -6,9 +8,63 @@ its checksum, which the server verifies, is among what is signed of the request.
 
 from __future__ import annotations
 
+import time
+from contextvars import ContextVar
 from typing import Any
 
 from botocore.config import Config
+
+_VALID_S = 120.0
+"""Servers take a signature for a quarter of an hour; credentials may be of a session that ends before."""
+
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+class Signed:
+    """A request for a whole object, to which a range and a condition may be added. Both attributes are secret."""
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        self.url, self.headers = url, headers
+        self._until = time.monotonic() + _VALID_S
+
+    def is_old(self) -> bool:
+        """Whether it has to be signed anew."""
+        return time.monotonic() >= self._until
+
+
+class _Kept(BaseException):
+    """Carries a request from where it would have been sent. No error, which botocore would log and try again."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__()
+        self.request = request
+
+
+async def signed_get(client: Any, **parameters: Any) -> Signed:
+    """What ``client.get_object`` would send; it isn't sent.
+
+    Not a presigned URL: for those botocore may choose a signature of old that many servers refuse, and some buckets
+    take none.
+    """
+    client.meta.events.register("before-send.s3.GetObject", _keep, unique_id="ckptstore-get")
+    token = _kept.set(True)
+    try:
+        await client.get_object(**parameters)
+    except _Kept as kept:
+        fields = kept.request.headers.items()
+        return Signed(kept.request.url, {name: _text(value) for name, value in fields})
+    finally:
+        _kept.reset(token)
+    raise RuntimeError("the request was answered before it was sent")
+
+
+def _keep(request: Any, **_: Any) -> None:
+    if _kept.get():
+        raise _Kept(request)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def leave_parts_unsigned(client: Any) -> None:

@@ -205,8 +205,9 @@ class S3Storage:
             self._client.run(partial(_abort, path=path, token=upload.token), "abort the upload of", upload.key)
 
     def close(self) -> None:
-        """Release nothing that others don't share. Safe to call twice."""
+        """Close idle connections; the others are shared. Safe to call twice."""
         self._closed = True
+        self._client.close()
 
     async def _put_unless_seen(self, call: Call, fields: Mapping[str, Any], own_nonce: str) -> None:
         """What can be done where the server knows no conditions: look, then put. Another may come in between."""
