@@ -14,7 +14,9 @@ import torch
 
 import ckptstore
 from ckptstore.errors import CheckpointError
-from tests.s3.bucket import MemoryBucket, error
+from ckptstore.storage.s3 import S3Storage
+from ckptstore.storage.s3.client import S3Client
+from tests.s3.bucket import MemoryBucket, Stored, error
 from tests.s3.wire import Exchange, FaultyServer
 
 CANARIES = ["CANARYKEY0123456789", "CANARYSECRET/abc+def", "CANARYTOKEN=="]
@@ -172,3 +174,31 @@ def test_no_object_holds_a_secret() -> None:
     stored = [*bucket.objects, *(str(stored) for stored in bucket.objects.values())]
     assert len(stored) >= 10
     assert_no_canary("\n".join([shown, log.getvalue(), *stored]))
+
+
+@pytest.mark.parametrize("fault", [tell_tales, refused, broken, reset], ids=lambda fault: fault.__name__)
+def test_large_reads_tell_no_secret_either(fault: Callable[[Exchange], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are signed here and sent by the reading thread."""
+    signed: list[Any] = []
+    sign = S3Client.signed
+
+    def noted(self: S3Client, path: str) -> Any:
+        signed.append(sign(self, path))
+        return signed[-1]
+
+    monkeypatch.setattr(S3Client, "signed", noted)
+    data = bytes(1 << 20)
+    bucket = MemoryBucket("bucket")
+    bucket.objects["a/x"] = Stored(data, '"x"', {})
+    with FaultyServer(bucket) as server, logged() as log:
+        storage = S3Storage("bucket", "a", options(f"http://127.0.0.1:{server.port}"))
+        server.arm(lambda number, request: fault)
+        with pytest.raises(CheckpointError) as caught:
+            storage.open_reader("x", size=len(data)).read_into(0, memoryview(bytearray(data)))
+        raised = caught.value
+        said = [str(raised), repr(raised), *map(str, vars(raised).values()), *traceback.format_exception(raised)]
+        assert len(server.fired) >= 2, "it was not tried in both ways"
+        assert KEY in server.fired[0].headers["authorization"]
+
+    assert signed[0].headers["X-Amz-Security-Token"] == TOKEN
+    assert_no_canary("\n".join([*said, repr(signed), log.getvalue()]))
