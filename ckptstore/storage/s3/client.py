@@ -94,8 +94,8 @@ class S3Client:
         try:
             done: T = self._tries(self._once, work, settle_s)
         except Exception as error:
-            failed = translate(error, doing, self._where(key), key)
             secrets = self._all_secrets()
+            failed = translate(error, doing, self._where(key), key, secrets)
             failed.message = scrubbed(failed.message, secrets)
             failed.args = (failed.message,)
             if scrubbed(str(error), secrets) != str(error):
@@ -140,7 +140,8 @@ class S3Client:
         self._direct.close()
 
     def _told(self, error: BaseException) -> str:
-        return scrubbed(str(translate(error, "a request", self._where(""), "")), self._all_secrets())
+        secrets = self._all_secrets()
+        return scrubbed(str(translate(error, "a request", self._where(""), "", secrets)), secrets)
 
     def _all_secrets(self) -> set[str]:
         return self._secrets | secrets_of(getattr(self._fs, "_s3", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterable
 from socket import gaierror
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ from ckptstore.errors import (
     StorageFullError,
     UnavailableError,
 )
+from ckptstore.storage.s3.scrub import scrubbed
+
+_LONGEST = 300
+"""Characters of what others say."""
 
 _NEVER_SENT = (
     aiohttp.ClientConnectorError,
@@ -136,12 +141,12 @@ def may_be_applied(error: BaseException) -> bool:
     return isinstance(error, (*_NO_ANSWER, Incomplete)) and not is_never_sent(error)
 
 
-def translate(error: BaseException, doing: str, where: str, key: str) -> CheckpointError:
+def translate(error: BaseException, doing: str, where: str, key: str, secrets: Iterable[str] = ()) -> CheckpointError:
     """The error to raise for one of s3fs, botocore or the connection; ``doing`` and ``where`` for its message."""
     if isinstance(error, CheckpointError):
         return error
     place, code = f"{where}: {doing} failed", code_of(error)
-    said = _said(error)
+    said = _said(error, set(secrets))
     if is_missing(error):
         return NotFoundError(f"{where} doesn't exist", key=key)
     if is_conflict(error):
@@ -169,11 +174,12 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
-def _said(error: BaseException) -> str:
+def _said(error: BaseException, secrets: set[str]) -> str:
+    # Cut only when nothing is left to be found: half a secret isn't recognised.
     if isinstance(error, boto.ClientError):
-        message = str(_answer(error).get("Error", {}).get("Message", ""))[:300]
+        message = scrubbed(str(_answer(error).get("Error", {}).get("Message", "")), secrets)[:_LONGEST]
         return f"{code_of(error) or 'error'} ({status_of(error)}) {message}".strip(" .")
-    return without_secrets(f"{type(error).__name__}: {error}"[:300].rstrip("."))
+    return without_secrets(scrubbed(f"{type(error).__name__}: {error}", secrets))[:_LONGEST].rstrip(".")
 
 
 def _answer(error: BaseException) -> dict[str, Any]:
