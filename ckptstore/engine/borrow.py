@@ -111,7 +111,7 @@ def is_safe(storage: Storage, lender: Lender, borrowed: Sequence[FileEntry]) -> 
     buried = {entry.key for entry in storage.list(layout.TRASH)}
     if layout.tombstone_key(lender.id) in buried and any(file.owner == lender.record.id for file in borrowed):
         return False
-    return _is_committed(storage, lender.record.id) and all(_lies_there(storage, file) for file in borrowed)
+    return _is_committed(storage, lender.record.id) and all(lies_there(storage, file) for file in borrowed)
 
 
 def _is_committed(storage: Storage, id: str) -> bool:
@@ -121,7 +121,12 @@ def _is_committed(storage: Storage, id: str) -> bool:
         return False
 
 
-def _lies_there(storage: Storage, file: FileEntry) -> bool:
+def lies_there(storage: Storage, file: FileEntry) -> bool:
+    """Whether an object of the right size is where ``file`` should be.
+
+    Raises:
+        StorageError: the storage failed.
+    """
     try:
         return storage.size(file.key) == file.stored_bytes
     except (NotFoundError, IntegrityError):

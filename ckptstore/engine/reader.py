@@ -128,14 +128,14 @@ def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None 
     """
     id = parse_id(commit.id)
     key = layout.manifest_key(id)
-    data = _read_or_rescue(storage, key, commit.manifest, commit.id, MANIFEST_LIMIT, rescue)
+    data = read_or_rescue(storage, key, commit.manifest, commit.id, MANIFEST_LIMIT, rescue)
     manifest = parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT)
     if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
         raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
     parts = []
     for wanted in manifest.parts:
         key = layout.part_key(id, wanted.rank)
-        data = _read_or_rescue(storage, key, wanted, commit.id, PART_LIMIT, rescue)
+        data = read_or_rescue(storage, key, wanted, commit.id, PART_LIMIT, rescue)
         part = parse(data, key, PartRecord, limit=PART_LIMIT)
         if (part.id, part.rank) != (commit.id, wanted.rank):
             raise IntegrityError(f"{key} belongs to rank {part.rank} of {part.id}", id=commit.id, key=key)
@@ -143,7 +143,12 @@ def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None 
     return Contents(commit, manifest.digest, parts)
 
 
-def _read_or_rescue(storage: Storage, key: str, wanted: Sealed256, id: str, limit: int, rescue: Rescue | None) -> bytes:
+def read_or_rescue(storage: Storage, key: str, wanted: Sealed256, id: str, limit: int, rescue: Rescue | None) -> bytes:
+    """``read_sealed``, or what ``rescue`` has where it is missing or damaged.
+
+    Raises:
+        IntegrityError, FormatError: as ``read_sealed``, and nobody else has it.
+    """
     try:
         return read_sealed(storage, key, wanted, id, limit=limit)
     except IntegrityError as error:

@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ckptstore.engine.borrow import lies_there
 from ckptstore.engine.catalogue import Checkpoint, Damage
 from ckptstore.engine.commit import commit, parse_fate
-from ckptstore.engine.reader import Contents, DataFile, Rescue, read_contents, read_sealed
+from ckptstore.engine.reader import Contents, DataFile, Rescue, read_contents, read_or_rescue
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import ExistsError, FormatError, IntegrityError, NotFoundError, SaveFailedError, StorageError
 from ckptstore.format import layout
@@ -23,7 +24,6 @@ from ckptstore.format.records import (
     CommitRecord,
     CopyingRecord,
     ManifestRecord,
-    Sealed256,
     now,
     parse,
     seal,
@@ -128,7 +128,7 @@ class Copier:
             self._commit(record)
             # From now on it is a borrower that prune sees; one that was under way may have removed a lender's file.
             lent = [file for file in contents.files if file.entry.owner != record.id]
-            written += sum(self._bring(contents, file) for file in lent if not self._has_size(file))
+            written += sum(self._bring(contents, file) for file in lent if not lies_there(self.target, file.entry))
         return Copied("checksum" if self.target.capabilities.checks_writes else "readback", written)
 
     @contextmanager
@@ -189,30 +189,15 @@ class Copier:
             pass
         return True
 
-    def _has_size(self, file: DataFile) -> bool:
-        try:
-            return self.target.size(file.key) == file.entry.stored_bytes
-        except (NotFoundError, IntegrityError):
-            return False
-
     def _records(self, record: CommitRecord) -> Iterator[tuple[str, bytes]]:
         """Parts and manifest, the manifest last, with the very bytes that the commit record proves."""
         id = layout.parse_id(record.id)
         key = layout.manifest_key(id)
-        data = self._sealed(key, record.manifest, record.id, MANIFEST_LIMIT)
+        data = read_or_rescue(self.source, key, record.manifest, record.id, MANIFEST_LIMIT, self.rescue)
         for part in parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT).parts:
             name = layout.part_key(id, part.rank)
-            yield name, self._sealed(name, part, record.id, PART_LIMIT)
+            yield name, read_or_rescue(self.source, name, part, record.id, PART_LIMIT, self.rescue)
         yield key, data
-
-    def _sealed(self, key: str, wanted: Sealed256, id: str, limit: int) -> bytes:
-        try:
-            return read_sealed(self.source, key, wanted, id, limit=limit)
-        except IntegrityError as error:
-            data = self.rescue.record(key, wanted, id, limit=limit, error=error) if self.rescue else None
-            if data is None:
-                raise
-            return data
 
     def _put(self, key: str, data: bytes) -> None:
         try:

@@ -17,9 +17,9 @@ from ckptstore import store as store_module
 from ckptstore import view
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.reader import read_or_rescue
 from ckptstore.errors import CheckpointError
 from ckptstore.format import layout
-from ckptstore.maintenance.copy import Copier
 from ckptstore.maintenance.heal import Healer
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.storage.base import Storage
@@ -221,9 +221,7 @@ def _heal(store: Store) -> int:
     for file in contents.files:
         healer.file(contents, file, storage, None)
     key = layout.manifest_key(latest.order)
-    healer.record(
-        key, Copier(storage, storage, healer.carrier)._sealed(key, latest.record.manifest, latest.id, 1 << 20)
-    )
+    healer.record(key, read_or_rescue(storage, key, latest.record.manifest, latest.id, 1 << 20, None))
     return len(contents.files)
 
 
