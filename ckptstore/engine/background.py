@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
+from ckptstore.engine.bounded import apart
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.plan import Change, Plan
 from ckptstore.engine.saver import Job, Tools
@@ -182,7 +183,7 @@ class SaveHandle:
         began = time.perf_counter()
         try:
             # A signal handler that interrupts the caller may wait for this save: it finds no lock held below it.
-            _apart(lambda: self._finish_reading(change))
+            apart(lambda: self._finish_reading(change))
         finally:
             self.fence_s += time.perf_counter() - began
 
@@ -381,31 +382,6 @@ def _at_exit() -> bool:
     """Whether a function runs that was registered with ``atexit``: no thread begun now would be waited for."""
     main = threading.main_thread()
     return threading.current_thread() is main and not main.is_alive()
-
-
-def _apart(work: Callable[[], None]) -> None:
-    """``work`` in a thread of its own, waited for; in the caller's where there is no room for one.
-
-    A daemon: waiting for any other thread holds a lock of Python for a moment, and without that a signal handler can
-    begin no thread.
-    """
-    errors: list[BaseException] = []
-
-    def act() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=act, name="ckptstore-fence", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        act()
-    else:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def _failed(step: int, error: BaseException) -> SaveFailedError:

@@ -41,7 +41,7 @@ def run(tasks: Iterable[T], work: Callable[[T], None], *, threads: int) -> None:
             work(task)
         return
     shift = _Shift(tasks, work)
-    # Daemons, as all that are waited for are: see background._apart.
+    # Daemons, as all that are waited for are: see bounded.apart.
     members = [threading.Thread(target=shift.member, name=f"{_NAME}{n}", daemon=True) for n in range(threads)]
     try:
         # Where the system has no room for more threads, those that run do all the work, or this one does.
