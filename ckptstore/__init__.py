@@ -36,7 +36,23 @@ if TYPE_CHECKING:
     from ckptstore.maintenance.prune import PruneReport
     from ckptstore.maintenance.receipts import Lag
     from ckptstore.maintenance.verify import VerifyReport
-    from ckptstore.policy.retention import last
+    from ckptstore.policy.budget import budget
+    from ckptstore.policy.epochs import epoch_plan
+    from ckptstore.policy.events import on_best
+    from ckptstore.policy.judge import Judgement, Verdict
+    from ckptstore.policy.plan import Plan, foresee
+    from ckptstore.policy.progress import Costs, Length, Past, Progress
+    from ckptstore.policy.rules import (
+        at_most,
+        best,
+        epochs,
+        every_kept,
+        last,
+        milestones,
+        tagged,
+        within,
+    )
+    from ckptstore.policy.steps import at, every
     from ckptstore.state.registry import register_type
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
@@ -45,22 +61,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "RNG",
     "Checkpoint",
     "CheckpointError",
     "CommitUnknownError",
     "CopyReport",
+    "Costs",
     "Damage",
     "DamageWarning",
     "ExistsError",
     "FallbackWarning",
     "FormatError",
     "IntegrityError",
+    "Judgement",
     "Lag",
+    "Length",
     "Loaded",
     "NoCheckpointError",
     "NotFoundError",
+    "Past",
+    "Plan",
+    "Progress",
     "PruneReport",
+    "RNG",
     "SaveFailedError",
     "SaveHandle",
     "StaleWriterError",
@@ -70,12 +92,26 @@ __all__ = [
     "Store",
     "TornReadWarning",
     "UnavailableError",
+    "Verdict",
     "VerifyReport",
     "__version__",
+    "at",
+    "at_most",
+    "best",
+    "budget",
+    "epoch_plan",
+    "epochs",
+    "every",
+    "every_kept",
     "fence",
+    "foresee",
     "last",
+    "milestones",
+    "on_best",
     "open",
     "register_type",
+    "tagged",
+    "within",
 ]
 
 _HOMES = {
@@ -87,7 +123,14 @@ _HOMES = {
     "ckptstore.maintenance.receipts": ("Lag",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
     "ckptstore.engine.background": ("SaveHandle", "TornReadWarning"),
-    "ckptstore.policy.retention": ("last",),
+    "ckptstore.policy.budget": ("budget",),
+    "ckptstore.policy.epochs": ("epoch_plan",),
+    "ckptstore.policy.events": ("on_best",),
+    "ckptstore.policy.judge": ("Judgement", "Verdict"),
+    "ckptstore.policy.plan": ("Plan", "foresee"),
+    "ckptstore.policy.progress": ("Costs", "Length", "Past", "Progress"),
+    "ckptstore.policy.rules": ("at_most", "best", "epochs", "every_kept", "last", "milestones", "tagged", "within"),
+    "ckptstore.policy.steps": ("at", "every"),
     "ckptstore.state.rng": ("RNG",),
     "ckptstore.state.staging": ("fence",),
     "ckptstore.state.registry": ("register_type",),

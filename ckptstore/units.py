@@ -39,3 +39,9 @@ def duration_s(duration: float | str, name: str = "duration") -> float:
     if match is None:
         raise FormatError(f"{name}: {duration!r} is no duration; write a number and a unit, as 90s, 10m, 24h or 7d")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def duration_text(seconds: float) -> str:
+    """``seconds`` as ``duration_s`` reads it, in the largest unit of which there is at least one: 1.5h, 90s, 7d."""
+    unit = next((unit for unit in reversed(_SECONDS) if seconds >= 2 * _SECONDS[unit]), "s")
+    return f"{seconds / _SECONDS[unit]:.4g}{unit}"

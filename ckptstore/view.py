@@ -27,6 +27,7 @@ from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
 from ckptstore.maintenance.receipts import Lag, lags
 from ckptstore.maintenance.repair import Repairer, is_there
 from ckptstore.maintenance.replicate import Replicator
+from ckptstore.maintenance.retire import given_up
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.maintenance.verify import VerifyReport, prove, verify
 from ckptstore.policy.retention import Keep
@@ -199,8 +200,8 @@ class View:
         found = self._finder.view()
         missed = [c for c in reversed(found.checkpoints) if found.elsewhere.get(c.id) is home]
         lost_all = len(missed) == len(found.checkpoints)
-        kept = self._keep.kept(found.checkpoints) if self._keep is not None else {c.id for c in found.checkpoints}
-        wanted = [c for c in (missed if lost_all else [checkpoint]) if c.id in kept]
+        gone = set() if self._keep is None else given_up(self._keep, found.checkpoints)
+        wanted = [c for c in (missed if lost_all else [checkpoint]) if c.id not in gone]
         for replicator in self._replicators:
             if replicator.storage is home:
                 replicator.bring_back(wanted)

@@ -87,6 +87,11 @@ class Checkpoint:
         )
 
     @property
+    def lenders(self) -> Sequence[str]:
+        """The ids whose files it borrows."""
+        return self.record.lenders
+
+    @property
     def order(self) -> CheckpointId:
         """Sorts checkpoints from oldest to newest."""
         return parse_id(self.id)

@@ -276,6 +276,24 @@ def condemn(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> b
 EVICTED = "every backup has it"
 """The reason in the tombstone of a checkpoint that is let go here, and no less there for that."""
 
+RETIRED = "not kept by "
+"""How the reason begins in the tombstone of a checkpoint that the rules gave up."""
+
+
+def tombstone_reason(storage: Storage, id: CheckpointId) -> str | None:
+    """Why ``id`` was buried; None where it has no tombstone, "" where that is damaged.
+
+    Raises:
+        StorageError: its tombstone can't be read.
+    """
+    key = layout.tombstone_key(id)
+    try:
+        return unseal(storage.read(key, limit=SMALL_LIMIT), key, [TombstoneRecord]).reason
+    except NotFoundError:
+        return None
+    except (IntegrityError, FormatError):
+        return ""
+
 
 def is_evicted(storage: Storage, id: CheckpointId) -> bool:
     """Whether ``id``, which has or had a tombstone, was let go because every backup has it, and not deleted.
@@ -283,14 +301,8 @@ def is_evicted(storage: Storage, id: CheckpointId) -> bool:
     Raises:
         StorageError: its tombstone can't be read.
     """
-    key = layout.tombstone_key(id)
-    try:
-        return unseal(storage.read(key, limit=SMALL_LIMIT), key, [TombstoneRecord]).reason == EVICTED
-    except NotFoundError:
-        # Gone meanwhile: all has been let go, or it was brought back.
-        return True
-    except (IntegrityError, FormatError):
-        return False
+    # Gone meanwhile: all has been let go, or it was brought back.
+    return tombstone_reason(storage, id) in (None, EVICTED)
 
 
 def bury(storage: Storage, id: CheckpointId, store_id: str, reason: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptstore.engine.select import default_mode
 from ckptstore.errors import StateError
+from ckptstore.policy.metrics import default_mode
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import FormatError, NoCheckpointError, NotFoundError
+from ckptstore.policy.counts import count_name, parse_count
+from ckptstore.policy.metrics import default_mode
+from ckptstore.policy.progress import MILESTONE
 
 SELECTORS = "latest, best:METRIC[:min|max], step:N, epoch:N, milestone:NAME, a hold's name, or the beginning of an id"
-
-_LOWER_IS_BETTER = ("loss", "error", "perplexity")
-
-
-def default_mode(metric: str) -> str:
-    """Whether small or large values of ``metric`` are good, by its name."""
-    return "min" if any(word in metric.lower() for word in _LOWER_IS_BETTER) else "max"
 
 
 def select(checkpoints: Sequence[Checkpoint], holds: Mapping[str, str], selector: str, where: str) -> Checkpoint:
@@ -82,8 +79,12 @@ def _epoch(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
 
 
 def _milestone(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
-    reason = f"milestone {rest}"
-    return next((c for c in reversed(checkpoints) if reason in c.reasons), None)
+    wanted = {f"{MILESTONE}{rest}"}
+    with suppress(FormatError):
+        # 1.0B and 1000M are 1B, of whatever was counted.
+        name = f"{MILESTONE}{count_name(parse_count(rest))}"
+        wanted |= {name, f"{name} tokens", f"{name} steps"}
+    return next((c for c in reversed(checkpoints) if not wanted.isdisjoint(c.reasons)), None)
 
 
 _BY_KIND: dict[str, Callable[[Sequence[Checkpoint], str], Checkpoint | None]] = {

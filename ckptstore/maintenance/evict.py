@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from ckptstore.engine.backups import GLANCE_S, Backups
 from ckptstore.engine.bounded import within
-from ckptstore.engine.catalogue import Catalogue, Checkpoint
+from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.commit import EVICTED
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.reader import read_contents
 from ckptstore.errors import CheckpointError, ExistsError
 from ckptstore.format import layout
-from ckptstore.format.layout import CheckpointId
 from ckptstore.maintenance.keep import bury
-from ckptstore.maintenance.leftovers import find_leftovers
-from ckptstore.maintenance.lent import Lent
-from ckptstore.maintenance.prune import settled
+from ckptstore.maintenance.retire import LOCK_S, judged, reclaim
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
-
-_LOCK_S = 1.0
 
 
 def evict(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock) -> list[str]:
@@ -37,19 +32,18 @@ def evict(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock) -
         StorageError: the storage or a backup failed; nothing is removed on an incomplete listing.
     """
     own = finder.scan()
-    kept = keep.kept(own.checkpoints) | {c.id for c in own.checkpoints[-1:]}
+    leaving = {verdict.id for verdict in judged(storage, own, keep).going}
     begun = {id for id in own.graves if finder.is_evicted(id)}
-    going = [c for c in own.checkpoints if c.id not in kept] + [c for c in own.buried if c.order in begun]
+    going = [c for c in own.checkpoints if c.id in leaving] + [c for c in own.buried if c.order in begun]
     if not going and not begun:
         return []
     safe = _whole_in_all(finder.backups, going[0].record.store_id, going) if going else set()
-    if not lock.acquire(timeout=_LOCK_S):
+    if not lock.acquire(timeout=LOCK_S):
         return []
     try:
         gone = {c.order for c in going if c.id in safe and (c.order in begun or _is_buried_now(storage, c))}
-        storage.delete([layout.commit_key(id) for id in sorted(gone)])
         gone |= begun - {c.order for c in own.buried}
-        _remove_files(storage, own, gone)
+        reclaim(storage, own, gone)
         # Also of what turned out not to be safe: it exists.
         storage.delete([layout.tombstone_key(id) for id in sorted(gone | begun)])
     finally:
@@ -85,12 +79,3 @@ def _is_buried_now(storage: Storage, checkpoint: Checkpoint) -> bool:
         # Held, or deleted by somebody else.
         return False
     return True
-
-
-def _remove_files(storage: Storage, before: Catalogue, ids: Collection[CheckpointId]) -> None:
-    """Remove the files of ``ids``, but for what others borrow, as the commits tell now that the records are gone."""
-    entries = [entry for id in ids for entry in storage.list(layout.folder(id))]
-    now = settled(storage, before)
-    for leftover in find_leftovers(entries, now, Lent(storage, now))[0]:
-        if leftover.order in ids:
-            storage.delete(leftover.keys)

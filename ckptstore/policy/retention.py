@@ -1,45 +1,133 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay: what all rules have in common, and how they combine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 
-from ckptstore.errors import FormatError
+from ckptstore.policy.thin import Thinner
 
 
-class Ordered(Protocol):
-    """What a rule needs to know of a checkpoint."""
+class Kept(Protocol):
+    """What the rules need to know of a checkpoint. Those of a store are such."""
 
     @property
     def id(self) -> str: ...
-
-
-class Keep(Protocol):
-    """A rule."""
-
-    def kept(self, checkpoints: Sequence[Ordered]) -> set[str]:
-        """The ids that stay, of ``checkpoints``, oldest first."""
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> int | None: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def modes(self) -> Mapping[str, str]: ...
+    @property
+    def reasons(self) -> Sequence[str]: ...
+    @property
+    def created(self) -> datetime: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def borrowed_bytes(self) -> int: ...
+    @property
+    def lenders(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
-class Last:
-    """See ``last``."""
+class Situation:
+    """What a rule goes by besides the checkpoints.
 
-    count: int
-
-    def kept(self, checkpoints: Sequence[Ordered]) -> set[str]:
-        """The ids of the newest."""
-        return {checkpoint.id for checkpoint in checkpoints[-self.count :]}
-
-
-def last(n: int) -> Last:
-    """Keep the newest ``n`` checkpoints.
-
-    Raises:
-        FormatError: ``n`` is no whole number of at least 1: the newest one always stays.
+    Attributes:
+        now: the time.
+        fixed: ids that stay whatever the rules say.
+        other_bytes: what else takes up space there, as deleted checkpoints that were not reclaimed yet.
     """
-    if type(n) is not int or n < 1:
-        raise FormatError(f"last({n!r}): give a whole number of at least 1; the newest checkpoint always stays")
-    return Last(n)
+
+    now: datetime
+    fixed: Collection[str] = ()
+    other_bytes: int = 0
+
+
+Reasons = Mapping[str, str]
+"""Why each of the ids stays, for people."""
+
+
+class Keep(ABC):
+    """Which checkpoints stay. Values: the same checkpoints give the same answer, and nothing is kept inside.
+
+    Combine two with ``|``: what either keeps stays.
+    """
+
+    @abstractmethod
+    def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
+        """What stays of ``checkpoints``, oldest first, and why."""
+
+    def __or__(self, other: object) -> Keep:
+        if not isinstance(other, Keep):
+            return NotImplemented
+        return AnyOf((*_parts(self), *_parts(other)))
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """As it is written."""
+
+
+@dataclass(frozen=True)
+class AtMost(Keep):
+    """See ``at_most``."""
+
+    limit: int
+    written: str = field(compare=False)
+
+    def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
+        """As many as there is room for."""
+        return self.capped(checkpoints, {}, situation)
+
+    def capped(self, checkpoints: Sequence[Kept], others: Reasons, situation: Situation) -> Reasons:
+        """What stays of what ``others`` keep, or these and as many more as there is room for."""
+        room = self.limit - situation.other_bytes
+        first = {*situation.fixed, *others}
+        thinner = Thinner(checkpoints, first)
+        if thinner.bytes_of_protected > room:
+            # They alone are too large: what the other rules keep is thinned as well, and nothing else stays.
+            stay = Thinner([c for c in checkpoints if c.id in first], set(situation.fixed)).until(room)
+            return {id: others[id] for id in stay if id in others}
+        return {id: others.get(id, f"there is room within {self.written}") for id in thinner.until(room)}
+
+    def __str__(self) -> str:
+        return f"at_most({self.written!r})"
+
+
+@dataclass(frozen=True)
+class AnyOf(Keep):
+    """Keeps what any of its parts keeps; where one of them is ``at_most``, no more than that."""
+
+    parts: tuple[Keep, ...]
+
+    def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
+        """What any part keeps, for the reasons of all of them."""
+        rules = [part for part in self.parts if not isinstance(part, AtMost)]
+        reasons: Reasons = merged(rule.kept(checkpoints, situation) for rule in rules)
+        for part in self.parts:
+            if isinstance(part, AtMost):
+                reasons = part.capped(checkpoints, reasons, situation)
+        return reasons
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.parts))
+
+
+def merged(reasons: Iterable[Reasons]) -> dict[str, str]:
+    """All of them, for each id one after the other."""
+    found: dict[str, list[str]] = {}
+    for each in reasons:
+        for id, why in each.items():
+            found.setdefault(id, []).append(why)
+    return {id: ", ".join(whys) for id, whys in found.items()}
+
+
+def _parts(keep: Keep) -> tuple[Keep, ...]:
+    return keep.parts if isinstance(keep, AnyOf) else (keep,)

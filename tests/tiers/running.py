@@ -10,7 +10,7 @@ from ckptstore.engine import backups
 from ckptstore.engine.facts import Facts
 from ckptstore.errors import CheckpointError
 from ckptstore.maintenance import replicate
-from ckptstore.policy.retention import last
+from ckptstore.policy.rules import last
 from tests.integrity.stores import flat, opened, silence, state
 
 

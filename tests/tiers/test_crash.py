@@ -18,7 +18,7 @@ from ckptstore.engine.rescue import Rescuer
 from ckptstore.maintenance.evict import evict
 from ckptstore.maintenance.repair import Repairer
 from ckptstore.maintenance.verify import prove
-from ckptstore.policy.retention import last
+from ckptstore.policy.rules import last
 from ckptstore.storage.base import Storage
 from ckptstore.store import Store
 from tests.integrity.crash import Crash, CrashingStorage

@@ -27,7 +27,7 @@ from ckptstore.errors import (
 )
 from ckptstore.maintenance import replicate
 from ckptstore.maintenance.evict import evict
-from ckptstore.policy.retention import last
+from ckptstore.policy.rules import last
 from ckptstore.store import Store
 from tests.integrity.stores import Raw, Tensors, flat, opened, silence, state
 from tests.tiers.scenes import Hooked, folder, hook_backups, loads, memory, opened_with, tidy, whole_alone

@@ -1,0 +1,96 @@
+"""Let go of some checkpoints of many, so that those that stay lie ever further apart the older they are."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+
+class _Sized(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def borrowed_bytes(self) -> int: ...
+    @property
+    def lenders(self) -> Sequence[str]: ...
+
+
+class Thinner:
+    """Thins ``checkpoints``, oldest first, but for those that are protected."""
+
+    def __init__(self, checkpoints: Sequence[_Sized], protected: Collection[str]) -> None:
+        self._all = checkpoints
+        self._protected = protected
+        self._own = {c.id: c.stored_bytes - c.borrowed_bytes for c in checkpoints}
+        self._lenders = {c.id: c.lenders for c in checkpoints}
+
+    @property
+    def bytes_of_protected(self) -> int:
+        """What stays whatever happens."""
+        used = {id for c in self._all if c.id in self._protected for id in (c.id, *c.lenders)}
+        return sum(self._own.get(id, 0) for id in used)
+
+    def until(self, limit: int) -> list[str]:
+        """The ids that stay, so that they take ``limit`` bytes at most, if that can be had.
+
+        Always goes next the one whose gap is the smallest for its age: of those that stay, the gaps grow in proportion
+        to the age. Distances are counted in steps along the history, there and back where it was rolled back.
+        """
+        users = Counter(id for c in self._all for id in (c.id, *c.lenders))
+        total = sum(self._own.get(id, 0) for id in users)
+        places = [0, *accumulate(max(1, abs(later.step - one.step)) for one, later in pairwise(self._all))]
+        line = _Line(places[: len(self._all)], [c.id in self._protected for c in self._all])
+        gone = set()
+        while total > limit and (index := line.pop()) is not None:
+            id = self._all[index].id
+            gone.add(id)
+            for used in (id, *self._lenders[id]):
+                users[used] -= 1
+                # A lender's files stay as long as anybody needs them.
+                total -= self._own.get(used, 0) if users[used] == 0 else 0
+        return [c.id for c in self._all if c.id not in gone]
+
+
+class _Line:
+    """Places in order, of which the most dispensable is taken out, one after the other."""
+
+    def __init__(self, places: Sequence[int], fixed: Sequence[bool]) -> None:
+        count = len(places)
+        self._places, self._fixed = places, fixed
+        self._before = list(range(-1, count - 1))
+        self._after = list(range(1, count + 1))
+        self._heap = [(self._weight(index), index) for index in range(count) if not fixed[index]]
+        heapq.heapify(self._heap)
+        self._gone = [False] * count
+
+    def _weight(self, index: int) -> float:
+        """The gap that would remain, for its age. The newest has no age, and goes last."""
+        before, after = self._before[index], self._after[index]
+        if after == len(self._places):
+            return float("inf")
+        start = self._places[before] if before >= 0 else self._places[index]
+        return (self._places[after] - start) / (self._places[-1] - self._places[index])
+
+    def pop(self) -> int | None:
+        while self._heap:
+            weight, index = heapq.heappop(self._heap)
+            # Its gap has grown since, and the heap holds it once more with that.
+            if self._gone[index] or weight != self._weight(index):
+                continue
+            self._gone[index] = True
+            before, after = self._before[index], self._after[index]
+            for neighbour, links, other in ((before, self._after, after), (after, self._before, before)):
+                if 0 <= neighbour < len(self._places):
+                    links[neighbour] = other
+            for neighbour in (before, after):
+                if 0 <= neighbour < len(self._places) and not self._fixed[neighbour]:
+                    heapq.heappush(self._heap, (self._weight(neighbour), neighbour))
+            return index
+        return None
