@@ -99,9 +99,11 @@ def state(content: Tensors, frozen: Sequence[str] = ()) -> State:
     return State(sources, tree)
 
 
-def save(store: Store, step: int, *, large: bool = False) -> Checkpoint:
+def save(store: Store, step: int, *, large: bool = False, durable: str = "primary") -> Checkpoint:
     """Save ``tensors(step)`` past ``capture``, which would need torch."""
-    return store._dispatcher.save(state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]))
+    return store._dispatcher.save(
+        state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]), durable
+    )
 
 
 FROZEN = "a/x"

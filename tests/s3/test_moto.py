@@ -20,6 +20,7 @@ from ckptstore.errors import IntegrityError
 from ckptstore.storage import Storage
 from ckptstore.storage.s3 import S3Storage
 from tests.s3.test_contract import BucketRaw
+from tests.s3.test_machine import play
 from tests.storage.contract import StorageContract
 
 BUCKET = "bucket"
@@ -108,3 +109,11 @@ def test_a_store(options: dict[str, Any], prefix: str) -> None:
         assert len(store.prune(grace_s=0).reclaimed) == 1
         assert store.load("latest") == {"x": 2}
         assert store.verify().ok
+
+
+@pytest.mark.timeout(1800)
+def test_any_history(endpoint: str, client: Any, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    access = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (access | {"AWS_ENDPOINT_URL": endpoint}).items():
+        monkeypatch.setenv(name, value)
+    play(client, BUCKET, *((20, 25) if full else (3, 6)))

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import ckptstore
 from ckptstore.errors import CommitUnknownError, SaveFailedError, StaleWriterError
+from ckptstore.policy.rules import last
+from ckptstore.store import Store
 from tests.faults.worker import save
 
 STALE = 3
 """Exit status of a writer that was replaced."""
 
 
-def main(url: str, options: str, first: int) -> int:
-    with ckptstore.open(url, storage_options=json.loads(options)) as store:
+def opened(url: str, options: dict[str, Any], backup: str) -> Store:
+    """The store in a bucket; with ``backup``, the one in a folder that keeps its newest, the others in that bucket.
+
+    With one thread, so that the same saves make the same requests in the same order.
+    """
+    if backup:
+        return ckptstore.open(url, backup=backup, backup_options=options, keep=last(1), threads=1)
+    return ckptstore.open(url, storage_options=options, threads=1)
+
+
+def main(url: str, options: str, first: int, backup: str) -> int:
+    with opened(url, json.loads(options), backup) as store:
         step = first
         while True:
             try:
-                print("saved", save(store, step).id, flush=True)
+                print("saved", save(store, step, durable="backup" if backup else "primary").id, flush=True)
             except StaleWriterError:
                 print("stale", step, flush=True)
                 return STALE
@@ -30,4 +43,4 @@ def main(url: str, options: str, first: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
