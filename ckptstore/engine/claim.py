@@ -45,10 +45,18 @@ class Claim:
             StaleWriterError: a newer writer owns the store.
         """
         if self._store is None or self.number is None or self._shared:
+            before = self.number
             self._store, self.number = self._take(scan())
+            if before is None and not self._shared:
+                # Just taken: it is the newest.
+                return self._store, self._next(step)
         self.check_fence()
+        return self._store, self._next(step)
+
+    def _next(self, step: int) -> CheckpointId:
+        assert self.number is not None
         self._sequence += 1
-        return self._store, layout.new_id(self.number, self._sequence, step)
+        return layout.new_id(self.number, self._sequence, step)
 
     def check_fence(self) -> None:
         """Nothing, as long as no newer writer has claimed the store (StaleWriterError)."""

@@ -89,21 +89,27 @@ def ensure_store(storage: Storage, *, known_id: str | None = None, like: StoreRe
         IntegrityError: it is damaged, and no commit tells the id.
     """
     record = like or new_store(known_id)
+    if known_id is None and _is_created(storage, record):
+        # Without commits it is a new one, most likely: asking first would be in vain.
+        return record
     try:
         return read_store(storage)
     except NotFoundError:
-        pass
+        return record if _is_created(storage, record) else read_store(storage)
     except IntegrityError as error:
         if known_id is None:
             message = f"{error}, and no commit tells the store's id: remove it, and the next save writes it anew"
             raise IntegrityError(message, key=layout.STORE) from error
         # Nothing is overwritten, and training goes on: all that matters of it stands in every commit too.
         return record
+
+
+def _is_created(storage: Storage, record: StoreRecord) -> bool:
     try:
         storage.create(layout.STORE, seal(record))
     except ExistsError:
-        return read_store(storage)
-    return record
+        return False
+    return True
 
 
 def writers(storage: Storage) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ckptstore.engine.background import Background, SaveHandle
 from ckptstore.engine.borrow import Lender
-from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.catalogue import Catalogue, Checkpoint
 from ckptstore.engine.claim import Claim
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
@@ -100,9 +100,10 @@ class Dispatcher:
             # Again: capturing takes time, in which another thread may have closed the store.
             self._check_writable()
             try:
-                store, id = self.claim.next_id(step, self._finder.view)
+                seen: list[Catalogue] = []
+                store, id = self.claim.next_id(step, lambda: self._seen(seen))
                 if self._lender is None and not self._shared:
-                    self._lender = self._earlier_lender(stage, step)
+                    self._lender = self._earlier_lender(stage, step, seen)
             except StorageError as error:
                 message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
                 raise SaveFailedError(message, step=step) from error
@@ -111,9 +112,16 @@ class Dispatcher:
             self._lender = saver.save(id, job, stage)
             return Checkpoint.of(self._lender.record)
 
-    def _earlier_lender(self, stage: Stage, step: int) -> Lender | None:
-        """The newest checkpoint of an earlier process, if its files may be of use."""
-        checkpoints = self._finder.scan().checkpoints
+    def _seen(self, seen: list[Catalogue]) -> Catalogue:
+        """The store as it is now; noted in ``seen``, where it shows nothing of backups."""
+        found = self._finder.view()
+        if not self._finder.backups:
+            seen.append(found)
+        return found
+
+    def _earlier_lender(self, stage: Stage, step: int, seen: Sequence[Catalogue]) -> Lender | None:
+        """The newest checkpoint of an earlier process, if its files may be of use. ``seen``: what is known already."""
+        checkpoints = (seen[0] if seen else self._finder.scan()).checkpoints
         latest = checkpoints[-1] if checkpoints else None
         if latest is None:
             return None

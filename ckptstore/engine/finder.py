@@ -71,7 +71,8 @@ class Finder:
             StorageError: the storage can't be read completely; never taken for "empty".
         """
         catalogue = self._scan(afresh=afresh)
-        if self.store_record() is None and not catalogue.checkpoints and not catalogue.damaged and self._read_only:
+        empty = not catalogue.checkpoints and not catalogue.damaged
+        if self._read_only and empty and self.store_record() is None:
             self.require_store()
         return catalogue
 

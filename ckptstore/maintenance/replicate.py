@@ -262,7 +262,11 @@ class Replicator:
         except StaleWriterError:
             raise
         except CheckpointError as error:
-            if getattr(error, "transient", False) or not self._is_hopeless(checkpoint, error):
+            if getattr(error, "transient", False):
+                raise
+            # A newer run may have copied it itself, and let it go here: that is no damage.
+            fence()
+            if not self._is_hopeless(checkpoint, error):
                 raise
             return
         self._note(checkpoint, done.method, False)
