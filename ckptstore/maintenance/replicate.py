@@ -256,7 +256,11 @@ class Replicator:
                 yield checkpoint
 
     def _copy(self, checkpoint: Checkpoint, number: int | None) -> None:
-        fence = (lambda: self._backup.check_fence(number)) if number is not None else lambda: None
+
+        def fence() -> None:
+            if number is not None:
+                self._backup.check_fence(number)
+
         try:
             done = Copier(self._storage, self._backup.storage, self._carrier, fence).copy(checkpoint)
         except StaleWriterError:
