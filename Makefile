@@ -42,6 +42,7 @@ bench: $(VENV)/ready
 
 schema: $(VENV)/ready
 	$(BIN)/python -m ckptstore.format.schema
+	$(BIN)/python -m ckptstore.config.schema
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

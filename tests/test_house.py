@@ -32,7 +32,8 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
 HOMES = {
     "torch": {"state", "trainer", "integrations", "tools"},
-    "pydantic": {"format/records.py", "format/schema.py", "config.py"},
+    "pydantic": {"format/records.py", "format/schema.py", "config"},
+    "ruamel": {"config"},
     "blake3": {"format/digest.py"},
     "hashlib": {"format/digest.py"},
     "zstandard": {"format/codecs.py"},
