@@ -11,6 +11,7 @@ from ckptstore import __version__
 from ckptstore.cli.outcome import reported
 
 _HOMES = {
+    "init": "init",
     "ls": "ls",
     "show": "show",
     "verify": "verify",

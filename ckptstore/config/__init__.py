@@ -11,6 +11,6 @@ from __future__ import annotations
 from ckptstore.config.loading import load, parse
 from ckptstore.config.settings import Config, Parts, Run
 from ckptstore.config.template import draft
-from ckptstore.config.write import write_steps
+from ckptstore.config.write import write_new, write_steps
 
-__all__ = ["Config", "Parts", "Run", "draft", "load", "parse", "write_steps"]
+__all__ = ["Config", "Parts", "Run", "draft", "load", "parse", "write_new", "write_steps"]

@@ -8,7 +8,7 @@ top. All else in it (the model, the data, the optimizer) is none of our business
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,29 +168,28 @@ def _epoch_plan(made: _Translation, training: Mapping[str, Any], *, used: bool) 
     """The generated schedule. Its keys are checked also where it isn't used: who turns it on shall not be surprised."""
     first = training.get("first_epoch_checkpoints", 20)
     then, interval = training.get("subsequent_epochs_spacing", "log"), training.get("linear_interval")
-    least = training.get("min_checkpoint_interval", _INERT_INTERVAL)
+    base, least = training.get("log_base", 2), training.get("min_checkpoint_interval", _INERT_INTERVAL)
     if type(first) is int and first < 0:
         made.notes.append(f"training.first_epoch_checkpoints: {first} is taken as 0")
         first = 0
-    with made.problems.at(("training", "linear_interval")):
-        check_count(interval, "linear_interval")
-    with made.problems.at(("training", "min_checkpoint_interval")):
-        check_count(least, "min_checkpoint_interval")
+    found = len(made.problems.found)
+    checked: dict[str, Callable[[], object]] = {
+        "first_epoch_checkpoints": lambda: epoch_plan(first),
+        "subsequent_epochs_spacing": lambda: epoch_plan(then=then),
+        "log_base": lambda: epoch_plan(base=base),
+        "linear_interval": lambda: check_count(interval, "linear_interval"),
+        "min_checkpoint_interval": lambda: check_count(least, "min_checkpoint_interval"),
+    }
+    for name, check in checked.items():
+        with made.problems.at(("training", name)):
+            check()
+    if not used or len(made.problems.found) > found:
+        return
     if then != "linear" and interval is not None:
         made.notes.append(f"training.linear_interval is for linear spacing, and subsequent_epochs_spacing is {then}")
         interval = None
     inert = least == _INERT_INTERVAL
-    found = len(made.problems.found)
-    with made.problems.at(("training",)):
-        plan = epoch_plan(
-            first,
-            then,
-            base=training.get("log_base", 2),
-            interval=interval if type(interval) is int and interval > 0 else None,
-            min_interval=None if inert or type(least) is not int or least < 1 else least,
-        )
-    if not used or len(made.problems.found) > found:
-        return
+    plan = epoch_plan(first, then, base=base, interval=interval, min_interval=None if inert else least)
     made.save(plan, ("training",))
     if inert and "min_checkpoint_interval" in training:
         made.notes.append(

@@ -36,8 +36,8 @@ def check_options(key: str, options: Mapping[str, Any]) -> None:
     if found := list(_secrets(options)):
         variables = ", ".join(f"CKPTSTORE_{key}__{name.replace('.', '__')}".upper() for name in found)
         raise FormatError(
-            f"{', '.join(found)}: that looks like a secret, and a config is committed and copied. Leave it out and give "
-            f"it by the environment, as the service's own tools take it ({_ENVIRONMENT}), or as {variables}"
+            f"{', '.join(found)}: that looks like a secret, and a config is committed and copied. Leave it out and "
+            f"give it by the environment, as the service's own tools take it ({_ENVIRONMENT}), or as {variables}"
         )
 
 

@@ -19,7 +19,7 @@ _COMMENTS: Mapping[str, str] = {
     "save": "when to save: every(steps=…), every(epochs=1), on_best(val_loss), milestones('1B,5B'), budget('1%')",
     "keep": "what stays, besides the newest: last(10), epochs(), best(val_loss), milestones(), within('7d')",
     "resume": "true: the latest checkpoint, or a fresh start; false: a fresh start; or one of them, as best:val_loss",
-    "run": "what is known of the run, to check the above against: ckptstore plan shows what follows",
+    "run": "what is known of the run, which the above is checked against",
     "total_steps": "optimizer steps",
     "epochs": "passes over the data",
 }

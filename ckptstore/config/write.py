@@ -21,7 +21,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ckptstore.config import foreign
 from ckptstore.config.files import Keys, plain, read_text, yaml_value
 from ckptstore.config.loading import load
-from ckptstore.errors import FormatError, StorageError
+from ckptstore.errors import ExistsError, FormatError, StorageError
 from ckptstore.policy.schedule import Schedule
 from ckptstore.policy.steps import at
 
@@ -58,6 +58,26 @@ def write_steps(
     data = plain(yaml_value(text, source) or {}, source)
     key, value = _assignment(source, data, wanted)
     _replace(target, _edited(text, key, value, source), like=source)
+
+
+def write_new(path: str | os.PathLike[str], text: str, *, replace: bool = False) -> None:
+    """Write a config.
+
+    Raises:
+        ExistsError: there is such a file, and it isn't to be replaced.
+        StorageError: it can't be written.
+    """
+    target = os.fspath(path)
+    if replace and os.path.exists(target):
+        _replace(target, text, like=target)
+        return
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ExistsError(f"{target} exists: name another file") from error
+    except OSError as error:
+        raise StorageError(f"the config {target} can't be written: {error.strerror or error}") from error
 
 
 def _assignment(source: str, data: dict[str, Any], steps: Sequence[int]) -> tuple[Keys, list[int] | str]:
@@ -128,7 +148,7 @@ def _spliced(text: str, path: Keys, value: list[int] | str) -> str:
         missing = missing[1:]
     # After the colon, as an empty value has no place of its own.
     begin = key.end_mark.index + 1
-    end = max(begin, _end(node))
+    end = max(begin, _end(key, node))
     return f"{text[:begin]} {_written(value, ' ' * (key.start_mark.column + 2))}{text[end:]}"
 
 
@@ -137,17 +157,19 @@ def _inserted(text: str, pairs: list[tuple[Node, Node]], missing: Keys, value: l
     indent = " " * pairs[0][0].start_mark.column if pairs else ""
     lines = [f"{indent}{'  ' * level}{name}:" for level, name in enumerate(missing)]
     lines[-1] += f" {_written(value, indent + '  ' * len(missing))}"
-    place = text.find("\n", _end(pairs[-1][1])) if pairs else -1
+    place = text.find("\n", _end(*pairs[-1])) if pairs else -1
     before, after = (text, "") if place < 0 else (text[:place], text[place + 1 :])
     return "\n".join([before.rstrip("\n"), *lines, after]).lstrip("\n")
 
 
-def _end(node: Node) -> int:
-    """Where the value ends. A block's own mark stands where the next one begins, behind comments."""
+def _end(key: Node, node: Node) -> int:
+    """Where the value of ``key`` ends. A block's own mark stands where the next one begins, behind comments."""
     while isinstance(node, MappingNode | SequenceNode) and not node.flow_style and node.value:
         last = node.value[-1]
-        node = last[1] if isinstance(last, tuple) else last
-    return int(node.end_mark.index)
+        key, node = last if isinstance(last, tuple) else (last, last)
+    # An empty value's mark stands there, too.
+    empty = node.start_mark.index == node.end_mark.index
+    return int(key.end_mark.index) + 1 if empty else int(node.end_mark.index)
 
 
 def _written(value: list[int] | str, indent: str) -> str:
@@ -167,7 +189,7 @@ def _rewritten(text: str, path: Keys, value: list[int] | str) -> str:
 
 
 def _replace(target: str, text: str, *, like: str) -> None:
-    """Put ``text`` in the place of ``target`` at once; a link stays one, and rights stay those of ``like``."""
+    """Put ``text`` in the place of ``target`` at once; a link stays one, and rights are those of ``like``."""
     place = Path(os.path.realpath(target))
     temp = None
     try:
