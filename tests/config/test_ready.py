@@ -8,7 +8,8 @@ import pytest
 
 import ckptstore as cs
 from ckptstore import config
-from ckptstore.config import schema, template
+from ckptstore.config import foreign, schema, template
+from ckptstore.config.environment import variables
 from ckptstore.config.model import LEVELS, names
 
 CONFIGS = Path(cs.__file__).parents[1] / "configs"
@@ -117,3 +118,12 @@ def test_a_draft_loads_and_names_a_schema_that_is_there(tmp_path: Path) -> None:
     assert made.run.length() == cs.Length(10, 2, 5)
     place = path.read_text().partition("$schema=")[2].partition("\n")[0]
     assert Path(place.removeprefix("file://")).is_file()
+
+
+def test_the_readme_names_every_key_and_variable() -> None:
+    section = (CONFIGS.parent / "README.md").read_text().partition("## Configuration")[2].partition("\n## ")[0]
+    table = section.partition("| key |")[2].partition("\n\n")[0]
+    missing = [name for level in LEVELS for name in names(level) if f"`{name}`" not in table]
+    missing += [name for name in variables() if name not in section]
+    missing += [name for name in (*foreign.TRAINING, *foreign.SECTIONS) if name not in section]
+    assert missing == []
