@@ -53,8 +53,9 @@ def _path(name: str) -> Keys | None:
 
 def _unknown(name: str) -> str:
     known = variables()
-    near = nearest(name, [each.lower() for each in known])
-    meant = f"did you mean {near.upper()}?" if near else f"there are {', '.join(known)}"
+    # What all have in common says nothing about which one is near.
+    near = nearest(name.removeprefix(PREFIX), [each.removeprefix(PREFIX).lower() for each in known])
+    meant = f"did you mean {PREFIX}{near.upper()}?" if near else f"there are {', '.join(known)}"
     return f"no key is called so; {meant}"
 
 

@@ -17,7 +17,7 @@ from ckptstore.errors import FormatError, NotFoundError, StorageError
 
 Keys: TypeAlias = tuple[str, ...]
 
-_LARGEST = 4 << 20
+_LARGEST = 1 << 20
 _DEEPEST = 30
 _MOST = 200_000
 """Values in a config. Aliases of aliases make billions out of a few lines."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ckptstore.config import environment as variables
 from ckptstore.config import foreign
 from ckptstore.config.files import Draft, plain, read
-from ckptstore.config.model import OPTIONS, Keys
+from ckptstore.config.model import OPTIONS, Keys, names
 from ckptstore.config.problems import Problems, add_validation
 from ckptstore.config.secrets import check_options
 from ckptstore.config.settings import Config, Parts, Run
@@ -63,6 +63,8 @@ def _made(draft: Draft, environment: Mapping[str, str] | None) -> Config:
         data, notes = foreign.translated(data, problems)
     else:
         foreign.refuse_mixed(data, problems)
+    # A key without a value, as a section whose keys are all commented out, says nothing.
+    data = {name: value for name, value in data.items() if value is not None or name not in names()}
     for name in OPTIONS:
         if isinstance(given := data.get(name), dict):
             with problems.at((name,)):

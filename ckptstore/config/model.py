@@ -32,8 +32,6 @@ def _combined(value: object, kind: type[Policy], read: Callable[[object], Policy
     parts = value if isinstance(value, list | tuple) else [value]
     if not parts:
         raise FormatError(f"the list is empty: write {example}, or leave the key out")
-    if value is None:
-        return None
     made = [part if isinstance(part, kind) else read(part) for part in parts]
     return reduce(or_, made)
 
@@ -67,8 +65,6 @@ def _places(value: object) -> list[str]:
 
 
 def _options(value: object) -> dict[str, Any]:
-    if value is None:
-        return {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         # Not shown: it may hold secrets.
         raise FormatError("must be a section of options, as endpoint_url: https://…")

@@ -97,7 +97,7 @@ def unknown(path: Keys) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The name that was probably meant."""
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.65)
     return near[0] if near else None
 
 

@@ -87,6 +87,8 @@ def _assignment(source: str, data: dict[str, Any], steps: Sequence[int]) -> tupl
     section = data.get("checkpointing")
     if isinstance(section, dict) and not section.keys().isdisjoint(("save_at_steps", "save_steps")):
         return ("checkpointing", "save_at_steps"), list(steps)
+    if not isinstance(data.get("training"), dict | None):
+        raise FormatError(f"{source}: training must be a section of keys, to take a checkpoint_schedule")
     return ("training", "checkpoint_schedule"), list(steps)
 
 
@@ -119,12 +121,17 @@ def _edited(text: str, path: Keys, value: list[int] | str, source: str) -> str:
     """``text`` with ``value`` at ``path``, and nothing else changed: not its spaces, quotes and comments."""
     wanted = plain(yaml_value(text, source) or {}, source)
     _assign(wanted, path, value)
-    with suppress(FormatError, YAMLError):
-        edited = _spliced(text, path, value)
-        if plain(yaml_value(edited, source), source) == wanted:
-            return edited
-    # Anchors, flow mappings and the like: the whole is written anew, comments included.
-    return _rewritten(text, path, value)
+    # Where that meets anchors, flow mappings and the like, the whole is written anew, comments included.
+    for edit in (_spliced, _rewritten):
+        with suppress(FormatError, YAMLError):
+            edited = edit(text, path, value)
+            # As text, in which nan is nan.
+            if repr(plain(yaml_value(edited, source), source)) == repr(wanted):
+                return edited
+    raise FormatError(
+        f"{source}: {'.'.join(path)} can't be written without changing other keys, as an alias repeats it: write it "
+        "by hand"
+    )
 
 
 def _assign(data: dict[str, Any], path: Keys, value: object) -> None:

@@ -13,10 +13,12 @@ import pytest
 import ckptstore
 from tests.cli.conftest import environment, interrupt, process, started
 
-HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors")
+HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors", "ruamel.yaml")
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "bench --help", "verify --help", "doctor --help"])
+@pytest.mark.parametrize(
+    "args", ["--help", "--version", "bench --help", "verify --help", "doctor --help", "init --help"]
+)
 def test_help_imports_nothing_heavy(args: str) -> None:
     """So that it answers at once."""
     program = (

@@ -85,6 +85,13 @@ def test_nothing_said_is_the_defaults(tmp_path: Path) -> None:
     assert made.run.length() == cs.Length()
 
 
+def test_a_key_without_a_value_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    keys = ("storage", "backup", "save", "trash", "final", "resume", "run", "restore", "storage_options", "parameters")
+    path.write_text("".join(f"{key}:\n" for key in keys))
+    assert config.load(path, environment={}) == config.Config(source=str(path), backup=[], notes=[])
+
+
 def test_toml_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('storage = "runs/a"\nsave = "every(steps=5)"\n[run]\ntotal_steps = 10\n')
@@ -154,7 +161,10 @@ def test_all_errors_come_at_once_each_with_its_place_and_the_nearest_name(tmp_pa
         ({"run": {"total_steps": 2, "epochs": 3}}, "run: epochs=3 in total_steps=2"),
         ({"run": {"step_time": "0s"}}, "run.step_time: a step takes longer than 0 seconds"),
         ({"trash": "soon"}, "trash: 'soon' is no duration"),
-        ({"trash": None}, "trash: None is no duration"),
+        ({"trash": True}, "trash: True is no duration"),
+        ({"storag": None}, "storag: unknown key; did you mean storage?"),
+        ({"url": "runs/a"}, "url: unknown key; there are storage,"),
+        ({"evaluate": "every(steps=5)"}, "evaluate: unknown key; did you mean eval?"),
         ({"checkpoint_size": "big"}, "checkpoint_size: 'big' is no size"),
         ({"parameters": 0}, "parameters: 0 is no count"),
         ({"parameters": "1T"}, "parameters: '1T' is no count"),
