@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ckptstore.config.files import Keys, yaml_value
@@ -83,9 +83,3 @@ def _put(data: dict[str, Any], path: Keys, value: Any) -> None:
         data[name] = dict(inner or {})
         data = data[name]
     data[last] = value
-
-
-def described() -> Iterator[tuple[str, str]]:
-    """Each variable, and the key that it sets."""
-    for name in variables():
-        yield name, ".".join(name.removeprefix(PREFIX).lower().split("__"))

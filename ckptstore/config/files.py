@@ -128,7 +128,9 @@ def _yaml_problem(error: Exception) -> str:
         return " ".join(str(error).split())
     mark = error.problem_mark or error.context_mark
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return f"{where}{error.problem or error.context}"
+    # It would go on with both values, which may be secret.
+    problem = str(error.problem or error.context).partition(" with value ")[0]
+    return f"{where}{problem}"
 
 
 def _lines(text: str) -> Iterator[tuple[Keys, int]]:

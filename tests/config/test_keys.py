@@ -235,6 +235,14 @@ def test_secrets_do_not_belong_here(name: str, options: dict[str, Any]) -> None:
     assert "12345678" not in message
 
 
+def test_a_key_that_stands_twice_is_named_without_its_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("storage_options:\n  secret: hunter2\n  secret: hunter3\n")
+    with pytest.raises(FormatError, match='line 3, column 3: found duplicate key "secret"') as caught:
+        config.load(path, environment={})
+    assert "hunter" not in str(caught.value)
+
+
 def test_what_only_looks_like_a_secret_is_none() -> None:
     options = {
         "anon": True,
