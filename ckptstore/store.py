@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, overload
 
@@ -28,16 +27,16 @@ from ckptstore.errors import (
     StaleWriterError,
     StateError,
     StorageError,
-    UnavailableError,
 )
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance import keep as keeping
-from ckptstore.maintenance.evict import evict
-from ckptstore.maintenance.prune import PruneReport, prune
+from ckptstore.maintenance.prune import PruneReport, preview, prune
 from ckptstore.maintenance.repair import Repairer
 from ckptstore.maintenance.replicate import Replicator
+from ckptstore.maintenance.retainer import Retainer
+from ckptstore.maintenance.retire import judged, refuse_many, retire
 from ckptstore.maintenance.scrub import Scrubber
 from ckptstore.policy.retention import Keep
 from ckptstore.storage import open_storage
@@ -61,6 +60,7 @@ class Store(View):
         *,
         durable: Durable,
         keep: Keep | None,
+        trash_s: float,
         scrub_s: float | None,
         read_only: bool,
         shared: bool,
@@ -82,8 +82,11 @@ class Store(View):
         self._dispatcher = Dispatcher(
             tools, self._finder, shared=shared, check_writable=self._check_writable, committed=self._committed
         )
+        claim, lock = self._dispatcher.claim, self._dispatcher.lock
+        self._retainer = None if keep is None else Retainer(storage, self._finder, claim, lock, keep, trash_s)
+        copied = self._retainer.copied if self._retainer is not None else lambda: None
         self._replicators = [
-            Replicator(storage, self._finder, backup, self._carrier, lambda: self._dispatcher.claim.right, self._copied)
+            Replicator(storage, self._finder, backup, self._carrier, lambda: claim.right, copied)
             for backup in self._finder.backups.all
         ]
         self._scrubber: Scrubber | None = None
@@ -139,17 +142,10 @@ class Store(View):
         for replicator in self._replicators:
             replicator.join()
 
-    def _copied(self) -> None:
-        """Make room here, after a backup has got all there is. Not while a save runs, which may borrow."""
-        # Where one is away, not every backup has it; and one that never answers would keep the others waiting.
-        if self._keep is not None and all(backup.reachable for backup in self._finder.backups.all):
-            # Whoever was replaced has nothing to say here any more.
-            self._dispatcher.claim.check_fence()
-            with suppress(UnavailableError):
-                evict(self._storage, self._finder, self._keep, self._dispatcher.lock)
-
     def _committed(self, checkpoint: Checkpoint, durable: Durable) -> None:
-        """Have the backups copy ``checkpoint``, and wait for them where that is wanted."""
+        """Have the backups copy ``checkpoint``, and wait for them where that is wanted; then older ones may go."""
+        if self._retainer is not None and not self._replicators:
+            self._retainer.saved()
         for replicator in self._replicators:
             replicator.wake()
         for replicator in self._replicators if durable == "backup" else ():
@@ -338,21 +334,42 @@ class Store(View):
         self._check_writable()
         keeping.release(self._storage, name)
 
-    def prune(self, *, grace_s: float = 24 * 3600.0) -> PruneReport:
+    def prune(
+        self, *, grace_s: float = 24 * 3600.0, keep: Keep | None = None, force: bool = False, dry_run: bool = False
+    ) -> PruneReport:
         """Collect what killed saves left, and reclaim what was deleted more than ``grace_s`` seconds ago.
 
         Leftovers of older writers go at once: they can't commit any more. Those of the newest writer go only
         when they are older than ``grace_s``, because its save may be running.
 
+        Args:
+            grace_s: what is younger can still be brought back, or may still be written.
+            keep: first delete what these rules don't keep, see ``judge``; it can be brought back as if by hand.
+            force: also where ``keep`` gives up more than 20 at once, or more than 3 that are over half of all.
+            dry_run: only tell what would be done.
+
         Raises:
+            FormatError: so many would go that somebody should look first; nothing was changed.
             StaleWriterError: this run was replaced by a newer one, which prunes now.
             StorageError: nothing is deleted on an incomplete listing.
         """
+        own = self._dispatcher.claim.number if not self._shared else None
+        if dry_run:
+            going = [] if keep is None else [verdict.id for verdict in self.judge(keep).going]
+            return preview(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own).after(going)
         self._begin_change()
         with self._dispatcher.lock:
             self._dispatcher.claim.check_fence()
-            own = self._dispatcher.claim.number if not self._shared else None
-            return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own)
+            gone = self._retire(keep, force=force) if keep is not None else []
+            return prune(self._storage, self._finder.scan(), grace_s=grace_s, own_writer=own).after(gone)
+
+    def _retire(self, keep: Keep, *, force: bool) -> list[str]:
+        if self._replicators:
+            raise FormatError("prune(keep=…) deletes, in this place only; open the store without its backups for that")
+        judgement = judged(self._storage, self._finder.scan(), keep)
+        if not force:
+            refuse_many(judgement, self.url, keep)
+        return retire(self._storage, self._finder, judgement, keep)
 
 
 def open(
@@ -363,6 +380,7 @@ def open(
     backup_options: Mapping[str, Any] | None = None,
     durable: Durable = "primary",
     keep: Keep | None = None,
+    trash: float | str | None = None,
     scrub: float | str | None = None,
     read_only: bool = False,
     shared: bool = False,
@@ -382,8 +400,10 @@ def open(
             damaged or lost at ``url`` is taken from there. A backup belongs to one store.
         backup_options: for the backups, as ``storage_options``.
         durable: when a save is done: as soon as it is durable at ``url`` ("primary"), or in every backup ("backup").
-        keep: what stays at ``url`` of the checkpoints that every backup has, as ``last(2)``; backups keep all. What was
-            let go is found and loaded from there as before.
+        keep: what stays at ``url`` after each save, as ``last(10) | epochs() | best("val_loss")``; see ``judge``. None:
+            all. With backups only what every one of them has is let go, and found and loaded from there as before.
+        trash: for how long what ``keep`` gave up can be brought back, and takes up space, as "1h" or in seconds. None:
+            not at all.
         scrub: read every block here again once in this time, as "7d" or in seconds, while no save runs in the
             background; what is damaged is repaired from a backup, or logged as an error. None: not at all.
         read_only: for people who only look: every change is refused, and a missing store is an error.
@@ -409,8 +429,7 @@ def open(
     scrub_s = duration_s(scrub, "scrub") if scrub is not None else None
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     _check_durable(durable, bool(backup))
-    if keep is not None and not backup:
-        raise FormatError(f"keep={keep!r} needs a backup=URL: what goes here has to be somewhere else")
+    _check_keep(keep, trash, bool(backup))
     places = [backup] if isinstance(backup, str | os.PathLike) else list(backup)
     storage, backups = _opened(url, storage_options, places, backup_options, read_only)
     in_flight = storage.capabilities.in_flight
@@ -419,6 +438,7 @@ def open(
         backups,
         durable=durable,
         keep=keep,
+        trash_s=duration_s(trash, "trash") if trash is not None else 0.0,
         scrub_s=scrub_s,
         read_only=read_only,
         shared=shared,
@@ -468,3 +488,11 @@ def _check_durable(durable: str, has_backup: bool) -> None:
         raise FormatError(f"durable={durable!r} must be 'primary' or 'backup'")
     if durable == "backup" and not has_backup:
         raise FormatError("durable='backup' needs a store that was opened with backup=URL")
+
+
+def _check_keep(keep: object, trash: object, has_backup: bool) -> None:
+    if keep is not None and not isinstance(keep, Keep):
+        raise FormatError(f"keep={keep!r} is no rule; write last(10) | epochs() | best('val_loss')")
+    if trash is not None and (keep is None or has_backup):
+        why = "keep= says what goes there" if keep is None else "what keep= lets go lies in the backup"
+        raise FormatError(f"trash={trash!r} has no use here: {why}")

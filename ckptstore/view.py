@@ -27,9 +27,10 @@ from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
 from ckptstore.maintenance.receipts import Lag, lags
 from ckptstore.maintenance.repair import Repairer, is_there
 from ckptstore.maintenance.replicate import Replicator
-from ckptstore.maintenance.retire import given_up
+from ckptstore.maintenance.retire import given_up, judged
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.maintenance.verify import VerifyReport, prove, verify
+from ckptstore.policy.judge import Judgement
 from ckptstore.policy.retention import Keep
 from ckptstore.storage import open_storage
 from ckptstore.storage.base import Storage
@@ -311,6 +312,18 @@ class View:
             store = self._finder.store_record() or self._finder.backups.store_record()
             Backup(storage).admit(store or new_store(catalogue.store_id))
             return copy_each(lambda c: Copier(self._finder.home(c), storage, self._carrier), unique, progress)
+
+    def judge(self, keep: Keep) -> Judgement:
+        """What would stay of the checkpoints that lie here under ``keep``, and why; nothing is changed.
+
+        Whatever the rules say, the newest good one stays, and what is held, what others borrow from, and what is
+        damaged: only good ones count.
+
+        Raises:
+            IntegrityError: a commit record or a hold can't be read; no checkpoint is given up then.
+            StorageError: the storage can't be read completely.
+        """
+        return judged(self._storage, self._finder.scan(), keep)
 
     def lags(self) -> list[Lag]:
         """How far each backup is behind, by the receipts that lie here."""

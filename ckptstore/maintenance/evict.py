@@ -14,9 +14,12 @@ from ckptstore.engine.reader import read_contents
 from ckptstore.errors import CheckpointError, ExistsError
 from ckptstore.format import layout
 from ckptstore.maintenance.keep import bury
-from ckptstore.maintenance.retire import LOCK_S, judged, reclaim
+from ckptstore.maintenance.retire import judged, reclaim
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
+
+LOCK_S = 1.0
+"""How long to wait for a save of this process to end; what isn't removed now is after that save."""
 
 
 def evict(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptstore.engine.catalogue import Cache, Catalogue, scan
 from ckptstore.engine.commit import condemn, read_store, writers
@@ -37,6 +37,7 @@ class PruneReport:
         spared: ids of unfinished saves that may still be running.
         freed_bytes: stored bytes removed.
         uploads: keys of large objects whose upload was broken off, and whose parts were dropped.
+        retired: ids of checkpoints that the rules didn't keep, and that were deleted; by default none.
     """
 
     leftovers: Sequence[str]
@@ -44,6 +45,35 @@ class PruneReport:
     spared: Sequence[str]
     freed_bytes: int
     uploads: Sequence[str]
+    retired: Sequence[str] = ()
+
+    def after(self, retired: Sequence[str]) -> PruneReport:
+        """The same, after ``retired`` were deleted."""
+        return replace(self, retired=retired)
+
+
+def preview(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer: int | None) -> PruneReport:
+    """What ``prune`` would do now, as far as the listing tells; nothing is changed.
+
+    Raises:
+        StorageError: something can't be listed or read.
+    """
+    entries, now = list(storage.list("")), time.time()
+    lent = Lent(storage, catalogue)
+    buried_at = {layout.record_id(entry.key): entry.modified for entry in entries if entry.key.startswith(layout.TRASH)}
+    due = [c for c in catalogue.buried if buried_at.get(c.order, now) < now - grace_s and not lent.is_unknown(c.order)]
+    copying = {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
+    grace = _Grace.of(storage, now, grace_s, own_writer, copying)
+    removed, spared, freed = [], [], sum(c.stored_bytes - c.borrowed_bytes for c in due)
+    for leftover in find_leftovers(entries, catalogue, lent)[0]:
+        id, name = leftover.order, leftover.id or leftover.keys[0]
+        dead = id is not None and id in buried_at
+        if (not dead and grace.covers(id, leftover.modified)) or grace.is_copied(id):
+            spared.append(name)
+        else:
+            removed.append(name)
+            freed += leftover.stored_bytes
+    return PruneReport(removed, [c.id for c in due], spared, freed, [])
 
 
 def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer: int | None) -> PruneReport:

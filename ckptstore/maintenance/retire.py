@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 
@@ -20,9 +18,6 @@ from ckptstore.maintenance.prune import settled
 from ckptstore.policy.judge import Judgement, judge
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Entry, Storage
-
-LOCK_S = 1.0
-"""How long to wait for a save of this process to end; what isn't removed now is after that save."""
 
 
 def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
@@ -134,36 +129,6 @@ def reclaim(storage: Storage, before: Catalogue, ids: Collection[CheckpointId]) 
             storage.delete(leftover.keys)
 
 
-def apply(storage: Storage, finder: Finder, keep: Keep, lock: threading.RLock, *, trash_s: float) -> list[str]:
-    """Have only what ``keep`` keeps stay, now that a checkpoint was committed; the ids that went.
-
-    Where a save of this process goes on for long, nothing is removed this time.
-
-    Args:
-        lock: keeps this process's saves away meanwhile.
-        trash_s: for how many seconds what went can be brought back, and takes up space.
-
-    Raises:
-        IntegrityError: a record can't be read; nothing is removed.
-        FormatError: so many would go that a person should look first; nothing is removed.
-        StorageError: the storage failed; nothing is removed on an incomplete listing.
-    """
-    if not lock.acquire(timeout=LOCK_S):
-        return []
-    try:
-        judgement = judged(storage, finder.scan(), keep)
-        refuse_many(judgement, storage.url, keep)
-        gone = retire(storage, finder, judgement, keep)
-        # Listed after burying: what is reclaimed at once is in it.
-        entries, catalogue = list(storage.list(layout.TRASH)), finder.scan()
-        due = retired(storage, catalogue, entries, time.time() - trash_s if trash_s else float("inf"))
-        if due:
-            reclaim(storage, catalogue, due)
-    finally:
-        lock.release()
-    return gone
-
-
 def refuse_many(judgement: Judgement, url: str, keep: Keep) -> None:
     """Nothing, where few would go.
 
@@ -172,6 +137,6 @@ def refuse_many(judgement: Judgement, url: str, keep: Keep) -> None:
     """
     if (why := judgement.needs_force) is not None:
         raise FormatError(
-            f"{url}: {why} under {keep}, and so none does. Look at `ckptstore prune --dry-run --keep '{keep}' {url}`; "
+            f'{url}: {why} under {keep}, and so none does. Look at `ckptstore prune {url} --dry-run --keep "{keep}"`; '
             "if that is what you want, run it with --force instead of --dry-run"
         )

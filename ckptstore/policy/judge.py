@@ -43,6 +43,11 @@ class Judgement:
         return [verdict for verdict in self.verdicts if not verdict.stays]
 
     @property
+    def going_bytes(self) -> int:
+        """What lies in their folders, in bytes."""
+        return sum(verdict.own_bytes for verdict in self.going)
+
+    @property
     def needs_force(self) -> str | None:
         """Why a person should look before so many go; None where they are few."""
         going, count = len(self.going), len(self.verdicts)

@@ -60,7 +60,7 @@ class Scene:
             writer.wait_saved(2)
             requests = list(self.server.requests)
         claims = [n for n, request in enumerate(requests) if request.operation == "Put" and "/writers/" in request.key]
-        # In a backup it looks once more: who finds a newer one there, before anything was saved, becomes a newer one yet.
+        # In a backup it looks once more: who finds a newer one there, before a first save, takes a newer number.
         self.claimed, self.requests = claims[0] + bool(self.backup), len(requests)
 
     def writing(self) -> Any:

@@ -1,0 +1,96 @@
+"""Have only what the rules keep stay, after each save."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from ckptstore.engine.claim import Claim
+from ckptstore.engine.finder import Finder
+from ckptstore.errors import CheckpointError, UnavailableError
+from ckptstore.format import layout
+from ckptstore.maintenance.evict import LOCK_S, evict
+from ckptstore.maintenance.lent import recorded_ids
+from ckptstore.maintenance.retire import judged, reclaim, refuse_many, retire, retired
+from ckptstore.policy.retention import Keep
+from ckptstore.storage.base import Storage
+
+_log = logging.getLogger("ckptstore")
+
+_TOMBSTONE_S = 24 * 3600.0
+"""How long tombstones of what this process saved, and gave up, stay: longer than any request of its own is under way.
+Those of others stay until ``prune`` takes them."""
+
+
+class Retainer:
+    """Applies ``keep`` to the store of one process.
+
+    Args:
+        lock: keeps this process's saves away while something is removed.
+        trash_s: for how many seconds what went can be brought back, and takes up space.
+    """
+
+    def __init__(
+        self, storage: Storage, finder: Finder, claim: Claim, lock: threading.RLock, keep: Keep, trash_s: float
+    ) -> None:
+        self._storage, self._finder, self._claim, self._lock = storage, finder, claim, lock
+        self._keep, self._trash_s = keep, trash_s
+        self._told = ""
+
+    def saved(self) -> None:
+        """Let go of what isn't kept, now that a checkpoint was committed. Never fails: what it was called for is done.
+
+        Where a save of this process goes on for long, nothing is removed this time.
+        """
+        if not self._lock.acquire(timeout=LOCK_S):
+            return
+        try:
+            self._claim.check_fence()
+            self._retire()
+        except CheckpointError as error:
+            self._tell(error)
+        else:
+            self._told = ""
+        finally:
+            self._lock.release()
+
+    def copied(self) -> None:
+        """Make room here, after a backup has got all there is.
+
+        Raises:
+            StaleWriterError: whoever was replaced has nothing to say here any more.
+            StorageError: the primary failed.
+        """
+        # Where one is away, not every backup has it; and one that never answers would keep the others waiting.
+        if not all(backup.reachable for backup in self._finder.backups.all):
+            return
+        self._claim.check_fence()
+        try:
+            evict(self._storage, self._finder, self._keep, self._lock)
+        except UnavailableError:
+            pass
+        except CheckpointError as error:
+            self._tell(error)
+
+    def _retire(self) -> None:
+        judgement = judged(self._storage, self._finder.scan(), self._keep)
+        refuse_many(judgement, self._storage.url, self._keep)
+        retire(self._storage, self._finder, judgement, self._keep)
+        # Listed after burying: what is reclaimed at once is in it.
+        entries, catalogue = list(self._storage.list(layout.TRASH)), self._finder.scan()
+        now = time.time()
+        due = retired(self._storage, catalogue, entries, now - self._trash_s if self._trash_s else float("inf"))
+        if due:
+            reclaim(self._storage, catalogue, due)
+        tombs = {id: entry for entry in entries if (id := layout.record_id(entry.key)) is not None}
+        over = [id for id, entry in tombs.items() if entry.modified < now - _TOMBSTONE_S]
+        own = {id for id in over if id.writer == self._claim.number} - recorded_ids(catalogue) - due
+        self._storage.delete([tombs[id].key for id in sorted(own)])
+
+    def _tell(self, error: CheckpointError) -> None:
+        if str(error) != self._told:
+            self._told = str(error)
+            _log.warning(
+                "nothing was let go under keep=%s, which is tried again after the next save: %s", self._keep, error
+            )
