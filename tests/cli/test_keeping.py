@@ -127,7 +127,8 @@ def test_prune_collects_leftovers_after_the_grace(run: Run, url: str, ids: list[
     assert (report["spared"], report["leftovers"]) == ([UNFINISHED], [])
     assert "may still be running" in run("prune", url).stdout
     report = run("prune", url, "--grace", "0s", "--json").json
-    assert report == {"reclaimed": [], "leftovers": [UNFINISHED], "spared": [], "freed_bytes": 4, "uploads": []}
+    nothing = {"dry_run": False, "retired": [], "reclaimed": [], "spared": [], "uploads": []}
+    assert report == nothing | {"leftovers": [UNFINISHED], "freed_bytes": 4}
     assert not left.exists()
     assert remaining(url) == ids
 
@@ -136,3 +137,57 @@ def test_prune_refuses_bare_numbers(run: Run, url: str) -> None:
     for text in ("10", "h", "-1h", "1w", ""):
         answer = run("prune", url, f"--grace={text}")
         assert (answer.exit_code, "as 90s, 10m, 24h or 7d" in answer.stderr) == (2, True)
+
+
+@pytest.fixture
+def ten(tmp_path: Path) -> str:
+    """A store with ten checkpoints, of which the third is held."""
+    with ckptstore.open(tmp_path / "ten") as store:
+        for step in range(1, 11):
+            store.save({"x": step}, step=step)
+        store.hold("step:3", "paper")
+    return str(tmp_path / "ten")
+
+
+def test_prune_tells_which_rule_keeps_what(run: Run, ten: str) -> None:
+    done = run("prune", ten, "--keep", "last(6)", "--dry-run")
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("goes   step 1        not kept by last(6)")
+    assert lines[2].startswith("stays  step 3        held as paper")
+    assert lines[9].startswith("stays  step 10       one of the newest 6")
+    assert lines[10].startswith("3 of 10 would be deleted")
+    assert len(ckptstore.open(ten).checkpoints()) == 10
+
+    fields = run("prune", ten, "--keep", "last(6)", "--dry-run", "--json").json
+    assert fields["dry_run"]
+    assert [one["step"] for one in fields["checkpoints"] if not one["stays"]] == [1, 2, 4]
+    assert fields["needs_force"] is None
+
+
+def test_prune_by_rules_can_be_undone(run: Run, ten: str) -> None:
+    assert "deleted" in run("prune", ten, "--keep", "last(6)").stdout
+    assert [c.step for c in ckptstore.open(ten).checkpoints()] == [3, 5, 6, 7, 8, 9, 10]
+    assert run("undelete", ten, "step:1").exit_code == 0
+    assert ckptstore.open(ten).load("step:1") == {"x": 1}
+
+
+def test_prune_of_very_many_needs_force(run: Run, ten: str) -> None:
+    done = run("prune", ten, "--keep", "last(1)")
+    assert done.exit_code == 2
+    assert "8 of 10 checkpoints would go at once" in done.stderr
+    assert "--force" in done.stderr
+    assert len(ckptstore.open(ten).checkpoints()) == 10
+    assert run("prune", ten, "--keep", "last(1)", "--force").exit_code == 0
+    assert [c.step for c in ckptstore.open(ten).checkpoints()] == [3, 10]
+
+
+def test_prune_by_a_config(run: Run, ten: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("storage: x\nkeep: last(6)\n")
+    assert run("prune", ten, "--config", str(config)).exit_code == 0
+    assert len(ckptstore.open(ten).checkpoints()) == 7
+    config.write_text("storage: x\n")
+    assert "doesn't say what stays" in run("prune", ten, "--config", str(config)).stderr
+    assert run("prune", ten, "--config", str(config), "--keep", "last(1)").exit_code == 2
+    assert "did you mean last?" in run("prune", ten, "--keep", "lst(1)").stderr

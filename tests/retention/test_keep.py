@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_what_others_borrow_from_stays(tmp_path: Path) -> None:
 
 
 def test_only_good_ones_count(tmp_path: Path) -> None:
-    """The two newest have lost their files: the newest good one stays, and what is damaged is for a person to decide."""
+    """The two newest have lost files: the newest good one stays, and what is damaged is for a person to decide."""
     with cs.open(tmp_path) as store:
         saved = fill(store, range(4))
     raw = FolderRaw(tmp_path)
@@ -250,7 +251,7 @@ def test_a_limit_in_bytes(tmp_path: Path) -> None:
         left = steps(store)
         assert len(left) == 5
         assert left[-1] == 29
-        gaps = [b - a for a, b in zip(left, left[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(left)]
         assert gaps == sorted(gaps, reverse=True)
 
 
