@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 
 from ckptstore.errors import StorageError
@@ -29,6 +29,11 @@ class Body:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def pieces(self) -> Sequence[memoryview]:
+        """What it is made of."""
+        return self._pieces
 
     def checksum(self) -> dict[str, str]:
         """The header by which the server verifies what it got."""

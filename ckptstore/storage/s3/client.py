@@ -24,7 +24,7 @@ from ckptstore.storage.s3.failures import is_never_sent, is_too_much, is_transie
 from ckptstore.storage.s3.gate import Gate
 from ckptstore.storage.s3.loop import event_loop
 from ckptstore.storage.s3.scrub import scrubbed, secrets_in, secrets_of
-from ckptstore.storage.s3.signing import Signed, leave_parts_unsigned, signed_get
+from ckptstore.storage.s3.signing import Signed, leave_parts_unsigned, signed_get, signed_part
 
 T = TypeVar("T")
 
@@ -112,11 +112,16 @@ class S3Client:
 
     def signed(self, path: str) -> Signed | None:
         """A request for an object, to be sent by ``direct``; None where it can't be."""
+        return self._sign(lambda client: signed_get(client, **self._complete(client.get_object, Key=path)))
 
+    def signed_part(self, **parameters: Any) -> Signed | None:
+        """A request that carries a part, to be sent by ``direct``; None where it can't be."""
+        return self._sign(lambda client: signed_part(client, **self._complete(client.upload_part, **parameters)))
+
+    def _sign(self, make: Callable[[Any], Awaitable[Signed]]) -> Signed | None:
         async def sign() -> Signed | None:
             await self._fs.set_session()
-            client = await self._fs.get_s3(self.bucket)
-            made = await signed_get(client, **self._complete(client.get_object, Key=path))
+            made = await make(await self._fs.get_s3(self.bucket))
             bundle = self._fs.session.get_config_variable("ca_bundle")
             return made if self._direct.suits(made.url, bundle) else None
 

@@ -1,6 +1,6 @@
-"""Ranges of objects on connections of the threads that ask for them, straight into their memory.
+"""Ranges and parts of objects on connections of the threads that move them, straight from and into their memory.
 
-An event loop takes in all that comes on one thread, and copies it. This only saves that: whatever isn't just as it
+An event loop takes in and sends all on one thread, and copies it. This only saves that: whatever isn't just as it
 should be is left to the requests by the event loop, which know what to make of it.
 """
 
@@ -11,9 +11,9 @@ import ssl
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -91,30 +91,70 @@ class Direct:
         Args:
             etag: the only version to be answered with, where it is known.
         """
+        done = 0
+        span = f"bytes={begin}-{begin + len(buffer) - 1}"
+        condition = {"If-Match": etag} if etag else {}
+
+        def receive(connection: HTTPConnection, target: str) -> HTTPResponse:
+            nonlocal done
+            connection.request("GET", target, headers=signed.headers | {"Range": span} | condition)
+            response = connection.getresponse()
+            for count in _received(response, begin, buffer, accepts):
+                done += count
+            return response
+
+        self._exchange(signed.url, receive)
+        return done
+
+    def send(self, signed: Signed, pieces: Sequence[memoryview]) -> HTTPMessage | None:
+        """Send ``pieces`` as what ``signed`` carries; the headers of the answer, None where it isn't certain.
+
+        The server may have got all, in that case: only a request that may be repeated can be sent so.
+        """
+        answer: HTTPMessage | None = None
+
+        def put(connection: HTTPConnection, target: str) -> HTTPResponse:
+            nonlocal answer
+            connection.putrequest("PUT", target, skip_accept_encoding=True)
+            for name, value in signed.headers.items():
+                # Nothing is waited for: a server that doesn't want it ends the connection.
+                if name.lower() != "expect":
+                    connection.putheader(name, value)
+            connection.endheaders()
+            for piece in pieces:
+                for at in range(0, len(piece), _CHUNK_BYTES):
+                    # Not all at once: the timeout is for one call, however much that has to send.
+                    connection.sock.sendall(piece[at : at + _CHUNK_BYTES])
+            response = connection.getresponse()
+            with response:
+                said = response.read(_CHUNK_BYTES)
+            if response.status != 200 or said.strip() or not response.headers.get("ETag"):
+                raise _Unfit
+            answer = response.headers
+            return response
+
+        self._exchange(signed.url, put)
+        return answer
+
+    def _exchange(self, url: str, act: Callable[[HTTPConnection, str], HTTPResponse]) -> None:
+        """Have ``act`` send a request for a target and take in the answer, on a connection that is free, if one is."""
         try:
             slot = self._slots.pop()
         except IndexError:
-            return 0
-        url, kept, done, used = urlsplit(signed.url), None, 0, False
+            return
+        place, kept, used = urlsplit(url), None, False
         connection = None
         try:
-            connection, used = self._connection(slot, url)
-            span = f"bytes={begin}-{begin + len(buffer) - 1}"
-            condition = {"If-Match": etag} if etag else {}
-            connection.request("GET", _target(url), headers=signed.headers | {"Range": span} | condition)
-            response = connection.getresponse()
-            used = False
-            for count in _received(response, begin, buffer, accepts):
-                done += count
+            connection, used = self._connection(slot, place)
+            response = act(connection, _target(place))
             kept = connection if response.isclosed() and connection.sock is not None else None
             self._failures = 0
-        except Exception:
+        except Exception as error:
             # On one that was used before it may just be that the server has closed it meanwhile.
-            if not used:
+            if not used or isinstance(error, _Unfit):
                 self.failed()
         finally:
-            self._put_back(connection, kept, url)
-        return done
+            self._put_back(connection, kept, place)
 
     def close(self) -> None:
         """End what isn't in use. Safe to call twice, and to go on after."""

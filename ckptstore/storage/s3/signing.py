@@ -21,7 +21,8 @@ _kept: ContextVar[bool] = ContextVar("kept", default=False)
 
 
 class Signed:
-    """A request for a whole object, to which a range and a condition may be added. Both attributes are secret."""
+    """A request for a whole object, to which a range and a condition may be added, or one that carries a part of one.
+    Both attributes are secret."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
         self.url, self.headers = url, headers
@@ -41,15 +42,26 @@ class _Kept(BaseException):
 
 
 async def signed_get(client: Any, **parameters: Any) -> Signed:
-    """What ``client.get_object`` would send; it isn't sent.
+    """What ``client.get_object`` would send; it isn't sent."""
+    return await _signed(client, "GetObject", client.get_object, parameters)
+
+
+async def signed_part(client: Any, **parameters: Any) -> Signed:
+    """What ``client.upload_part`` would send, but for the body; it isn't sent."""
+    leave_parts_unsigned(client)
+    return await _signed(client, "UploadPart", client.upload_part, parameters)
+
+
+async def _signed(client: Any, operation: str, request: Any, parameters: dict[str, Any]) -> Signed:
+    """What ``request`` would send.
 
     Not a presigned URL: for those botocore may choose a signature of old that many servers refuse, and some buckets
     take none.
     """
-    client.meta.events.register("before-send.s3.GetObject", _keep, unique_id="ckptstore-get")
+    client.meta.events.register(f"before-send.s3.{operation}", _keep, unique_id=f"ckptstore-{operation}")
     token = _kept.set(True)
     try:
-        await client.get_object(**parameters)
+        await request(**parameters)
     except _Kept as kept:
         fields = kept.request.headers.items()
         return Signed(kept.request.url, {name: _text(value) for name, value in fields})

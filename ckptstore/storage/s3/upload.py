@@ -13,6 +13,7 @@ from ckptstore.storage.base import Slot
 from ckptstore.storage.s3.answers import listing, put_object, told
 from ckptstore.storage.s3.body import Body
 from ckptstore.storage.s3.client import Call, S3Client
+from ckptstore.storage.s3.direct import LEAST_BYTES
 from ckptstore.storage.s3.failures import Incomplete, code_of, may_be_applied
 
 LEAST_PART_BYTES = 5 << 20
@@ -70,6 +71,8 @@ class S3Writer:
         self._upload: str | None = None
         self._strays = False
         """Whether the server may hold an upload of this object that isn't known here."""
+        self._lost = False
+        """Whether a part may be on its way still that nobody waits for any more."""
         self._settled = threading.Event()
         self._settled.set()
         self._beginning = threading.Lock()
@@ -155,7 +158,7 @@ class S3Writer:
         self._state = "failed"
         # What is on its way still may come in after the upload was aborted, and open it again.
         cut_off = not isinstance(error, Exception) or getattr(error, "outcome", "") == "unknown"
-        self._strays = self._strays or (cut_off and self._upload is not None)
+        self._strays = self._strays or ((cut_off or self._lost) and self._upload is not None)
 
     def _abort(self, upload: str) -> None:
         self._client.run(
@@ -233,13 +236,29 @@ class S3Writer:
                     raise Incomplete("the answer doesn't say that the part was stored")
                 return answer
 
-            answer = self._client.run(send, "write", self._key)
+            answer = self._send_direct(part.number, upload, body, extra) or self._client.run(send, "write", self._key)
         sent = {"PartNumber": part.number, "ETag": answer["ETag"]}
         # Servers that keep it want to see it again.
         sent |= extra if answer.get("ChecksumCRC32") else {}
         with self._lock:
             self._sent[part.number] = sent
             part.pieces.clear()
+
+    def _send_direct(self, number: int, upload: str, body: Body, extra: dict[str, str]) -> dict[str, Any] | None:
+        """The answer to a part that was sent on a connection of this thread's own; None where that isn't certain."""
+        direct = self._client.direct()
+        if direct is None or len(body) < LEAST_BYTES:
+            return None
+        place = {"Key": self._path, "UploadId": upload, "PartNumber": number}
+        signed = self._client.signed_part(**place, Body=body, **extra)
+        if signed is None:
+            return None
+        headers = direct.send(signed, body.pieces)
+        if headers is None:
+            self._lost = True
+            return None
+        self._client.answered()
+        return {"ETag": headers["ETag"], "ChecksumCRC32": headers.get("x-amz-checksum-crc32")}
 
     def _complete(self) -> None:
         parts = [self._sent[number] for number in sorted(self._sent)]
