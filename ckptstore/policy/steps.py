@@ -103,10 +103,9 @@ class Every(Schedule):
             ended = self._multiple(now.epoch)
             return [f"epoch {ended}"] if ended > self._multiple(past.epoch) else []
         if self.unit == "minutes":
-            interval = self.amount * 60
-            return [self._reason()] if now.elapsed_s // interval > past.elapsed_s // interval else []
+            return [self._reason()] if self._passed(now.elapsed_s) > self._passed(past.elapsed_s) else []
         if self.unit == "tokens":
-            return [self._reason()] if self._multiple(now.tokens) > self._multiple(past.tokens) else []
+            return [self._reason()] if self._passed(now.tokens) > self._passed(past.tokens) else []
         each = self._steps(length)
         # A run that begins has passed no multiple, though it comes from step -1.
         return [self._reason()] if now.step // each > max(past.step, 0) // each else []
@@ -120,12 +119,13 @@ class Every(Schedule):
             each = self._steps(length)
             within_limit(total // each, self)
             return list(range(each, total + 1, each))
-        per_step = self._per_step(length)
-        passed = int(total * per_step / Fraction(self.amount))
+        per_step = (length.tokens_per_step if self.unit == "tokens" else length.step_s) or 0
+        passed = self._passed(total * per_step)
         within_limit(min(passed, total), self)
         if passed >= total:
-            return [step for step in range(1, total + 1) if self._passes(step, per_step)]
-        return [math.ceil(number * Fraction(self.amount) / per_step) for number in range(1, passed + 1)]
+            steps = range(1, total + 1)
+            return [step for step in steps if self._passed(step * per_step) > self._passed((step - 1) * per_step)]
+        return sorted({self._first(number, per_step) for number in range(1, passed + 1)})
 
     def open_ends(self, length: Length) -> list[str]:
         """Time and tokens can't be told in steps, unless it is known what one step takes."""
@@ -160,20 +160,24 @@ class Every(Schedule):
         # Exactly, as it is written: 0.1 of 1000 steps are 100. Rounded up, as the Hugging Face Trainer does.
         return math.ceil(Fraction(str(self.amount)) * length.require_total(str(self)))
 
-    def _per_step(self, length: Length) -> Fraction:
-        if self.unit == "tokens":
-            return Fraction(length.tokens_per_step or 0)
-        return Fraction(length.step_s or 0) / 60
+    def _interval(self) -> int | float:
+        return self.amount * 60 if self.unit == "minutes" else self.amount
 
-    def _passes(self, step: int, per_step: Fraction) -> bool:
-        amount = Fraction(self.amount)
-        return step * per_step // amount > (step - 1) * per_step // amount
+    def _passed(self, done: float) -> int:
+        """How many intervals lie behind ``done`` tokens or seconds."""
+        return int(done // self._interval())
+
+    def _first(self, number: int, per_step: float) -> int:
+        """The step at which that many intervals are passed."""
+        near = math.ceil(number * Fraction(self._interval()) / Fraction(per_step))
+        # Seconds are floats: what they round to decides, here as in ``due``.
+        return next(step for step in (near - 1, near, near + 1) if self._passed(step * per_step) >= number)
 
     def _reason(self) -> str:
         if self.unit == "tokens":
             return f"every {count_name(int(self.amount))} tokens"
         if self.unit == "fraction":
-            return f"every {Fraction(str(self.amount)) * 100:g} % of the run"
+            return f"every {float(Fraction(str(self.amount)) * 100):g} % of the run"
         return f"every {self.amount:g} {self.unit}" if self.amount != 1 else f"every {self.unit.removesuffix('s')}"
 
 
