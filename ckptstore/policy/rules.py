@@ -180,8 +180,9 @@ class Within(Keep):
 
     def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
         """The young ones. One from the future, by a wrong clock, is young."""
-        since = situation.now - timedelta(seconds=self.seconds)
-        return {c.id: f"younger than {self.written}" for c in checkpoints if c.created >= since}
+        # Ages are compared, as a time so long ago may lie before the calendar's beginning.
+        longest = timedelta(seconds=self.seconds)
+        return {c.id: f"younger than {self.written}" for c in checkpoints if situation.now - c.created <= longest}
 
     def __str__(self) -> str:
         return f"within({self.written!r})"
