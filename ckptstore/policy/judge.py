@@ -78,6 +78,20 @@ def judge(
         bad: the ids that are damaged, and what is wrong with them.
         other_bytes: what else takes up space there.
     """
+    reasons = staying(keep, checkpoints, now=now, held=held, bad=bad, other_bytes=other_bytes)
+    return Judgement([verdict(c, reasons, keep) for c in checkpoints])
+
+
+def staying(
+    keep: Keep,
+    checkpoints: Sequence[Kept],
+    *,
+    now: datetime,
+    held: Mapping[str, Collection[str]] | None = None,
+    bad: Mapping[str, str] | None = None,
+    other_bytes: int = 0,
+) -> Mapping[str, str]:
+    """Why each of ``checkpoints`` stays that does, by id; the arguments are those of ``judge``."""
     held, bad = held or {}, bad or {}
     good = [c for c in checkpoints if c.id not in bad]
     always = {id: f"held as {', '.join(sorted(names))}" for id, names in held.items()}
@@ -87,13 +101,13 @@ def judge(
     kept = merged([keep.kept(good, situation), always])
     for id, why in newest.items():
         kept.setdefault(id, why)
-    staying = [c for c in checkpoints if c.id in kept or c.id in bad]
-    lenders = {lender: f"{c.id} borrows from it" for c in staying for lender in c.lenders}
-    reasons = lenders | kept | {id: f"damaged, and so left as it is: {problem}" for id, problem in bad.items()}
-    return Judgement([_verdict(c, reasons, keep) for c in checkpoints])
+    there = [c for c in checkpoints if c.id in kept or c.id in bad]
+    lenders = {lender: f"{c.id} borrows from it" for c in there for lender in c.lenders}
+    return lenders | kept | {id: f"damaged, and so left as it is: {problem}" for id, problem in bad.items()}
 
 
-def _verdict(checkpoint: Kept, reasons: Mapping[str, str], keep: Keep) -> Verdict:
+def verdict(checkpoint: Kept, reasons: Mapping[str, str], keep: Keep) -> Verdict:
+    """What becomes of ``checkpoint`` where ``reasons`` say what stays."""
     id = checkpoint.id
     why = reasons.get(id, f"not kept by {keep}")
     return Verdict(id, checkpoint.step, id in reasons, why, checkpoint.stored_bytes - checkpoint.borrowed_bytes)

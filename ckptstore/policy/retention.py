@@ -122,8 +122,11 @@ class AnyOf(Keep):
 
 def merged(reasons: Iterable[Reasons]) -> dict[str, str]:
     """All of them, for each id one after the other."""
+    given = [each for each in reasons if each]
+    if len(given) < 2:
+        return dict(*given)
     found: dict[str, list[str]] = {}
-    for each in reasons:
+    for each in given:
         for id, why in each.items():
             found.setdefault(id, []).append(why)
     return {id: ", ".join(whys) for id, whys in found.items()}
