@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 
 from ckptstore.errors import FormatError
-from ckptstore.policy.judge import Verdict, judge
+from ckptstore.policy.judge import Verdict, staying, verdict
 from ckptstore.policy.progress import Length, Past, Progress
 from ckptstore.policy.retention import Keep
-from ckptstore.policy.rules import Best, Within
+from ckptstore.policy.room import Room, parts_of, rules_of
+from ckptstore.policy.rules import Best, Epochs, Within
 from ckptstore.policy.schedule import Schedule
 
 FINAL = "final"
 """Why the last step of a run is saved, where nothing else asks for it."""
 _BEGIN = datetime(2000, 1, 1, tzinfo=UTC)
+_LONGEST_S = 100e9
+"""A run of 3,000 years; what is later no calendar has."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class Moment:
         time_s: seconds since the beginning, None where nobody knows what a step takes.
         reasons: why it is saved.
         going: what the rules let go of right after.
-        there: the steps that lie on storage then.
+        count: how many checkpoints lie on storage then, without those in the trash.
         peak_bytes: the most that lies there meanwhile: the new one and all that was there before.
         left_bytes: what lies there after.
+        goes_at: the save after which it goes itself, None where it stays to the end.
     """
 
     step: int
@@ -55,9 +61,21 @@ class Moment:
     time_s: float | None
     reasons: Sequence[str]
     going: Sequence[Verdict]
-    there: Sequence[int]
+    count: int
     peak_bytes: int
     left_bytes: int
+    _goes: Mapping[int, int | None] = field(repr=False, compare=False)
+
+    @property
+    def goes_at(self) -> int | None:
+        return self._goes[self.step]
+
+    @property
+    def there(self) -> Sequence[int]:
+        """The steps that lie on storage then."""
+        # Not kept for every moment: a long run that keeps all would fill the memory with them.
+        upto = takewhile(lambda item: item[0] <= self.step, self._goes.items())
+        return [step for step, end in upto if end is None or end > self.step]
 
 
 @dataclass(frozen=True)
@@ -67,13 +85,15 @@ class Plan:
     Attributes:
         moments: one for each save, in order.
         final: what lies on storage at the end, with the rules that keep it.
-        peak_bytes: the most that ever lies there, with room for the best ones that can't be foreseen.
+        peak_bytes: the most that ever lies there, with room for what can't be foreseen, as the best ones.
+        at_most: whether it can't be more; where anything may be saved besides, and stay, the peak is "at least" that.
         notes: what can't be told beforehand, for people.
     """
 
     moments: Sequence[Moment]
     final: Sequence[Verdict]
     peak_bytes: int
+    at_most: bool
     notes: Sequence[str]
 
 
@@ -101,32 +121,49 @@ def foresee(
     """
     if type(checkpoint_bytes) is not int or checkpoint_bytes < 0:
         raise FormatError(f"checkpoint_bytes={checkpoint_bytes!r} must be a whole number of at least 0")
-    length.require_total("a plan")
-    saves = list(foreseen(save, length, checkpoint_bytes, final=final))
+    moments, staying_on = _moments(foreseen(save, length, checkpoint_bytes, final=final), keep, length, trash_s)
+    room = Room(save, keep, length, checkpoint_bytes, in_trash=trash_s > 0)
+    peaks = [room.peak(moment.peak_bytes, saved) for saved, moment in enumerate(moments, 1)]
+    return Plan(moments, staying_on, max(peaks, default=0), room.is_known, _notes(save, keep, length, trash_s, room))
+
+
+def _moments(
+    saves: Iterable[Foreseen], keep: Keep | None, length: Length, trash_s: float
+) -> tuple[list[Moment], Sequence[Verdict]]:
+    """What happens, and what the rules say of those that lie there at the end."""
     present: list[Foreseen] = []
-    trash: list[tuple[datetime, int]] = []
+    # When each is reclaimed, and its bytes; the first one goes first.
+    trash: deque[tuple[datetime, int]] = deque()
+    present_bytes = trash_bytes = 0
+    goes: dict[int, int | None] = {}
     moments = []
+    reasons: Mapping[str, str] = {}
     for saved in saves:
-        trash = [(until, count) for until, count in trash if until > saved.created]
-        peak = sum(c.stored_bytes for c in (*present, saved)) + sum(count for _, count in trash)
         present.append(saved)
+        present_bytes += saved.stored_bytes
+        goes[saved.step] = None
+        # Also what has been in the trash for long enough: it is reclaimed after this save, not in between.
+        peak = present_bytes + trash_bytes
+        while trash and trash[0][0] <= saved.created:
+            trash_bytes -= trash.popleft()[1]
         going: list[Verdict] = []
         if keep is not None:
-            buried = sum(count for _, count in trash)
-            going = judge(keep, present, now=saved.created, other_bytes=buried).going
-            gone = {verdict.id for verdict in going}
-            present = [c for c in present if c.id not in gone]
+            reasons = staying(keep, present, now=saved.created, other_bytes=trash_bytes)
+            going = [verdict(c, reasons, keep) for c in present if c.id not in reasons]
+        if going:
+            present = [c for c in present if c.id in reasons]
+            goes |= dict.fromkeys((each.step for each in going), saved.step)
+            freed = sum(each.own_bytes for each in going)
+            present_bytes -= freed
             if trash_s:
-                until = saved.created + timedelta(seconds=trash_s)
-                trash += [(until, verdict.own_bytes) for verdict in going]
-        left = sum(c.stored_bytes for c in present) + sum(count for _, count in trash)
+                trash.append((saved.created + timedelta(seconds=trash_s), freed))
+                trash_bytes += freed
         time_s = None if length.step_s is None else saved.step * length.step_s
-        there = [c.step for c in present]
-        moments.append(Moment(saved.step, saved.epoch, time_s, saved.reasons, going, there, peak, left))
-    reserve = checkpoint_bytes * sum(rule.count for rule in _parts(keep) if isinstance(rule, Best))
-    highest = max((moment.peak_bytes for moment in moments), default=0)
-    peak_bytes = highest + reserve if moments else 0
-    return Plan(moments, _final(keep, present, saves), peak_bytes, _notes(save, keep, length, trash_s))
+        left = present_bytes + trash_bytes
+        moments.append(Moment(saved.step, saved.epoch, time_s, saved.reasons, going, len(present), peak, left, goes))
+    if keep is None:
+        return moments, [Verdict(c.id, c.step, True, "all are kept", c.stored_bytes) for c in present]
+    return moments, [verdict(c, reasons, keep) for c in present]
 
 
 def foreseen(save: Schedule, length: Length, checkpoint_bytes: int, *, final: bool = True) -> Iterator[Foreseen]:
@@ -136,13 +173,17 @@ def foreseen(save: Schedule, length: Length, checkpoint_bytes: int, *, final: bo
         FormatError: the schedule doesn't fit the run.
     """
     total = length.require_total("a plan")
+    if length.step_s is not None and total * length.step_s > _LONGEST_S:
+        raise FormatError(f"{total} steps of {length.step_s:g} s each take longer than {_LONGEST_S:g} s: write less")
     steps = save.steps(length=length, known_only=True)
+    known = [part for part in parts_of(save) if not part.open_ends(length)]
     ends = length.epoch_ends() if length.epochs or length.steps_per_epoch else None
     past = Past()
     for step in sorted({*steps, total}) if final else steps:
         before, now = _progress(max(step - 1, 0), length, ends), _progress(step, length, ends)
         past = past.decided(before) if step else past
-        reasons = save.due(now, past, length) or ([FINAL] if step == total and final else [])
+        reasons = list(dict.fromkeys(reason for part in known for reason in part.due(now, past, length)))
+        reasons = reasons or [FINAL]
         past = past.saved(now, reasons)
         epoch = None if ends is None else now.epoch
         yield Foreseen(f"step {step}", step, epoch, reasons, _time(now), checkpoint_bytes)
@@ -161,24 +202,23 @@ def _time(now: Progress) -> datetime:
     return _BEGIN + timedelta(seconds=now.elapsed_s)
 
 
-def _final(keep: Keep | None, present: Sequence[Foreseen], saves: Sequence[Foreseen]) -> Sequence[Verdict]:
-    if keep is None or not saves:
-        return [Verdict(c.id, c.step, True, "all are kept", c.stored_bytes) for c in present]
-    return judge(keep, present, now=saves[-1].created).verdicts
-
-
-def _parts(keep: Keep | None) -> Sequence[Keep]:
-    return [] if keep is None else getattr(keep, "parts", (keep,))
-
-
-def _notes(save: Schedule, keep: Keep | None, length: Length, trash_s: float) -> list[str]:
+def _notes(save: Schedule, keep: Keep | None, length: Length, trash_s: float, room: Room) -> list[str]:
     notes = save.open_ends(length)
+    if notes and not room.is_known:
+        notes.append("what is saved besides comes on top of the peak")
+    rules = rules_of(keep)
     notes += [
         f"{rule} depends on what is measured: room for {rule.count} more is in the peak"
-        for rule in _parts(keep)
+        for rule in rules
         if isinstance(rule, Best)
     ]
-    timed = [str(rule) for rule in _parts(keep) if isinstance(rule, Within)] + (["the trash"] if trash_s else [])
+    if not length.epochs and not length.steps_per_epoch:
+        notes += [
+            f"{rule} keeps nothing here, as nobody knows where epochs end: give epochs"
+            for rule in rules
+            if isinstance(rule, Epochs)
+        ]
+    timed = [str(rule) for rule in rules if isinstance(rule, Within)] + (["the trash"] if trash_s else [])
     if timed and length.step_s is None:
         notes.append(f"{' and '.join(timed)}: nothing grows older here, as nobody knows what a step takes: give step_s")
     return notes
