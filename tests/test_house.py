@@ -43,6 +43,7 @@ HOMES = {
     "botocore": {"storage"},
     "aiohttp": {"storage"},
     "tenacity": {"storage", "maintenance"},
+    "matplotlib": {"tools/planpicture.py"},
     "click": {"cli"},
     "rich": {"cli"},
 }

@@ -23,6 +23,7 @@ _HOMES = {
     "prune": "prune",
     "bench": "bench",
     "doctor": "doctor",
+    "plan": "plan",
 }
 """The module of each command, in the order in which the help lists them."""
 
