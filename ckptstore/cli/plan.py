@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _COUNT = click.IntRange(min=1)
 # What the options are called in ``Length.of``, and in a config's ``run``.
 _RUN = ("total_steps", "epochs", "dataset_size", "batch_size", "accumulation", "tokens_per_step", "step_s")
+_EPOCHS = ("epochs", "dataset_size", "batch_size", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan(
     Exit codes: 0 planned; 2 no such CONFIG or something wrong in it, too little is known of the run, or wrong use.
     """
     shape = {name: options[name] for name in ("first", "then", "base", "interval", "min_interval")}
-    _check_use(config, save, shape, write, output, picture)
+    _check_use(config, save, shape, size, write, output, picture)
     from ckptstore.policy.plan import foresee
 
     settings = _config(config)
@@ -128,14 +130,25 @@ def plan(
 
 
 def _check_use(
-    config: str | None, save: str | None, shape: Mapping[str, Any], write: bool, output: str | None, picture: str | None
+    config: str | None,
+    save: str | None,
+    shape: Mapping[str, Any],
+    size: int | None,
+    write: bool,
+    output: str | None,
+    picture: str | None,
 ) -> None:
-    if save is not None and any(value is not None for value in shape.values()):
+    shaped = any(value is not None for value in shape.values())
+    if config is None and save is None and not shaped:
+        raise click.UsageError("nothing says when to save: give CONFIG, or --save 'every(steps=250)'")
+    if save is not None and shaped:
         raise click.UsageError("--save says when to save, and so do --first-epoch and what belongs to it: give one")
     if write and config is None:
         raise click.UsageError("--write needs CONFIG: the file whose keys are kept")
     if output is not None and not write:
         raise click.UsageError("--output says where --write writes: give both")
+    if size == 0:
+        raise click.BadParameter("a checkpoint takes more than nothing", param_hint="--size")
     if picture is not None and Path(picture).suffix not in (".svg", ".png"):
         raise click.BadParameter(f"{picture!r} must end in .svg or .png", param_hint="--picture")
 
@@ -145,10 +158,15 @@ def _config(path: str | None) -> Config | None:
         return None
     from ckptstore.config import load
 
+    log, silence = logging.getLogger("ckptstore"), logging.NullHandler()
+    # What it would log stands among the notes.
+    log.addHandler(silence)
     try:
         return load(path)
     except NotFoundError as error:
         raise CommandError(str(error), code="no_config") from error
+    finally:
+        log.removeHandler(silence)
 
 
 def _asked(
@@ -167,9 +185,9 @@ def _asked(
     elif any(value is not None for value in shape.values()):
         schedule = _epoch_plan(schedule, shape)
     if schedule is None:
-        way_out = "--save 'every(steps=250)'" if config is None else "--save, or write save: into the config"
-        raise CommandError(f"nothing says when to save: give {way_out}", code="no_schedule")
-    rules = parse_keep(keep) if keep is not None else config and config.keep
+        raise CommandError("nothing says when to save: give --save, or write save: into CONFIG", code="no_schedule")
+    configured = None if config is None else config.keep
+    rules = configured if keep is None else parse_keep(keep)
     length = _length({} if config is None else vars(config.run), run)
     if size is None and config is not None:
         size = config.checkpoint_bytes
@@ -203,10 +221,11 @@ def _length(configured: Mapping[str, Any], given: Mapping[str, Any]) -> Length:
     if "dataset_size" in options or "batch_size" in options:
         known["steps_per_epoch"] = None
     each_is_known = known.get("steps_per_epoch") or (known | options).get("dataset_size")
+    # Three numbers of which two tell the third: what isn't given follows from what is.
     if each_is_known and "total_steps" in options:
         known["epochs"] = None
-    elif each_is_known and options:
-        known["total_steps"] = None if (known | options).get("epochs") else known.get("total_steps")
+    elif each_is_known and (known | options).get("epochs") and not options.keys().isdisjoint(_EPOCHS):
+        known["total_steps"] = None
     return Length.of(**(known | options))
 
 
@@ -249,7 +268,10 @@ def _draw(asked: Asked, made: Plan, path: str) -> None:
     except ImportError as error:
         message = f"--picture needs matplotlib, and it can't be imported ({error}): pip install 'ckptstore[plot]'"
         raise CommandError(message, code="no_matplotlib") from error
-    _replace(Path(path), drawn)
+    try:
+        _replace(Path(path), drawn)
+    except OSError as error:
+        raise CommandError(f"{path} can't be written: {error.strerror or error}", code="os") from error
 
 
 def _replace(path: Path, content: bytes) -> None:

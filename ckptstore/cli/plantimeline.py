@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ckptstore.cli.terminal import plain
@@ -67,10 +68,8 @@ def _marks(label: str, steps: Sequence[int], stays: set[int], total: int, left: 
         column = _column(step, total, columns)
         if cells[column] != STAYS:
             cells[column] = STAYS if step in stays else GOES
-    text = _line((label, ""), left)
-    for cell in cells:
-        text.append(cell, style={STAYS: "bold cyan", GOES: "dim"}.get(cell, ""))
-    return text
+    styles = {STAYS: "bold cyan", GOES: "dim"}
+    return _styled(_line((label, ""), left), [(cell, styles.get(cell, "")) for cell in cells])
 
 
 def _epochs(length: Length, left: int, columns: int) -> Text:
@@ -95,10 +94,9 @@ def _bars(moments: Sequence[Moment], total: int, left: int, columns: int, top: s
     levels = [-(-height * _HEIGHT * 8 // peak) if peak else 0 for height in heights]
     for row in range(_HEIGHT - 1, -1, -1):
         text = _line(("", {_HEIGHT - 1: top, 0: "on storage"}.get(row, "")), left)
-        for level, height in zip(levels, heights, strict=True):
-            block = BLOCKS[min(max(level - row * 8, 0), 8)]
-            text.append(block, style="bold yellow" if height == peak else "blue")
-        yield text
+        blocks = [BLOCKS[min(max(level - row * 8, 0), 8)] for level in levels]
+        styles = ["bold yellow" if height == peak else "blue" for height in heights]
+        yield _styled(text, list(zip(blocks, styles, strict=True)))
 
 
 def _heights(moments: Sequence[Moment], total: int, columns: int) -> list[int]:
@@ -135,6 +133,13 @@ def _arrow(highest: Moment, total: int, left: int, columns: int, words: str) -> 
     else:
         text, start = f"{words} ▲", column - len(words) - 1
     return _line(("", ""), left).append(" " * max(start, 0) + text, style="bold yellow")
+
+
+def _styled(text: Text, cells: Sequence[tuple[str, str]]) -> Text:
+    """``text`` with ``cells`` behind it, those of the same style in one piece."""
+    for style, run in groupby(cells, key=lambda cell: cell[1]):
+        text.append("".join(cell for cell, _ in run), style=style)
+    return text
 
 
 def _line(labels: tuple[str, str], left: int) -> Text:

@@ -44,12 +44,18 @@ def answer(*parts: RenderableType, fit: bool = True) -> None:
     for part in parts:
         if isinstance(part, str):
             # Not wrapped: the terminal does it, and a command or an id copied from there stays whole.
-            click.echo(plain(part))
+            click.echo(_writable(plain(part)))
             continue
         # By way of click: rich ends the process itself when the reader of a pipe has gone.
         with console.capture() as captured:
             console.print(part, markup=False)
-        click.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
+        click.echo(_writable("\n".join(line.rstrip() for line in captured.get().split("\n"))), nl=False)
+
+
+def _writable(text: str) -> str:
+    """``text`` with a question mark for what stdout has no code for, as where the locale isn't UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

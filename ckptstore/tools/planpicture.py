@@ -46,6 +46,7 @@ _FEW = 45
 """So many lines have room for a dot at each end and for the number of their step."""
 _LINES = 600
 """More lines than this lie closer than a viewer can tell apart, and are drawn as a surface."""
+_SAVES = 4000
 _EPOCH_NAMES, _EPOCH_LINES = 10, 120
 _NAMED = 100
 _LONGEST_TITLE = 130
@@ -212,13 +213,8 @@ def _surface(panel: Axes, group: Sequence[_Life], colour: str, label: str, rows:
 def _storage(panel: Axes, plan: Plan, total: int, unit_bytes: int | None) -> None:
     highest = max(plan.moments, key=lambda moment: moment.peak_bytes)
     unit, name = (unit_bytes, "checkpoints") if unit_bytes else _unit(plan.peak_bytes)
-    steps, amounts = [0], [0.0]
-    for moment in plan.moments:
-        # Up as it is written, down as others go.
-        steps += [moment.step] * 3
-        amounts += [amounts[-1], moment.peak_bytes / unit, moment.left_bytes / unit]
-    steps.append(total)
-    amounts.append(amounts[-1])
+    steps, counts = _heights(plan, total)
+    amounts = [count / unit for count in counts]
     panel.fill_between(steps, amounts, color=_STORAGE, alpha=0.45, linewidth=0)
     panel.plot(steps, amounts, color="#0072B2", linewidth=1.0 if len(plan.moments) < 300 else 0.5, gid="on-storage")
     top = max(plan.peak_bytes, highest.peak_bytes) / unit
@@ -226,7 +222,7 @@ def _storage(panel: Axes, plan: Plan, total: int, unit_bytes: int | None) -> Non
     panel.set_ylabel(f"{name} on storage")
     foreseen, end = highest.peak_bytes / unit, amounts[-1]
     # Close under the line of the bound there is no room for its text.
-    below = top > foreseen > top / 1.2
+    below = top > foreseen > top / 1.12
     _peak(panel, highest.step, foreseen, f"peak {_amount(foreseen, name)} at step {highest.step:,}", total, below)
     panel.annotate(
         f"{_amount(end, name)} at the end", (total, end), (4, 0), textcoords="offset points",
@@ -236,12 +232,26 @@ def _storage(panel: Axes, plan: Plan, total: int, unit_bytes: int | None) -> Non
         _bound(panel, plan, top, name)
 
 
+def _heights(plan: Plan, total: int) -> tuple[list[int], list[int]]:
+    """The line of what lies there: up as a checkpoint is written, down as others go."""
+    steps, counts = [0], [0]
+    bundle = -(-len(plan.moments) // _SAVES)
+    for start in range(0, len(plan.moments), bundle):
+        # Of more saves than a viewer can tell apart some are drawn as one, which is as high as the highest.
+        group = plan.moments[start : start + bundle]
+        highest = max(group, key=lambda moment: moment.peak_bytes)
+        steps += [group[0].step, highest.step, group[-1].step]
+        counts += [counts[-1], highest.peak_bytes, group[-1].left_bytes]
+    return [*steps, total], [*counts, counts[-1]]
+
+
 def _peak(panel: Axes, step: int, amount: float, text: str, total: int, below: bool) -> None:
     side = "right" if step > total / 2 else "left"
     panel.plot([step], [amount], "o", color="#D55E00", markersize=5, clip_on=False, zorder=5)
     panel.annotate(
-        text, (step, amount), (-7 if side == "right" else 7, -5 if below else 5), textcoords="offset points", ha=side,
+        text, (step, amount), (-8 if side == "right" else 8, -4 if below else 4), textcoords="offset points", ha=side,
         va="top" if below else "bottom", weight="bold", size=9, color="#A34000",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
     )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ COMMANDS = {
     "prune": (),
     "bench": ("--size", "2MB"),
     "doctor": ("--size", "2MB"),
+    "plan": (),
 }
-# init writes a file, and takes no URL.
-WITH_URL = [name for name in COMMANDS if name != "init"]
+# init writes a config and plan reads one; neither takes a URL.
+WITH_URL = [name for name in COMMANDS if name not in ("init", "plan")]
 # doctor asks about storages, where no store need be.
 OF_STORES = [name for name in WITH_URL if name != "doctor"]
 
