@@ -12,6 +12,7 @@ from ckptstore.cli.outcome import reported
 
 _HOMES = {
     "init": "init",
+    "plan": "plan",
     "ls": "ls",
     "show": "show",
     "verify": "verify",
@@ -23,7 +24,6 @@ _HOMES = {
     "prune": "prune",
     "bench": "bench",
     "doctor": "doctor",
-    "plan": "plan",
 }
 """The module of each command, in the order in which the help lists them."""
 

@@ -14,6 +14,7 @@ from tests.cli.conftest import Run
 
 COMMANDS = {
     "init": (),
+    "plan": (),
     "ls": (),
     "show": (),
     "verify": (),
@@ -25,7 +26,6 @@ COMMANDS = {
     "prune": (),
     "bench": ("--size", "2MB"),
     "doctor": ("--size", "2MB"),
-    "plan": (),
 }
 # init writes a config and plan reads one; neither takes a URL.
 WITH_URL = [name for name in COMMANDS if name not in ("init", "plan")]

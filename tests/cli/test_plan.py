@@ -159,6 +159,11 @@ def test_for_a_person(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("plan", *TIERS, "--size", "1.5GB", "--step-time", "90s").stdout == SHOWN
 
 
+def test_the_readme_shows_just_that() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"--size 1.5GB --step-time 90s\n{SHOWN}```" in readme.read_text()
+
+
 def timeline(*args: str, columns: int, terminal: bool = True, **extra: str) -> str:
     """What a terminal of that width shows."""
     if not terminal:
