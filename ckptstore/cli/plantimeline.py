@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STAYS, GOES = "●", "·"
 BLOCKS = " ▁▂▃▄▅▆▇█"
+_STORAGE = "on storage"
 _HEIGHT = 4
 _WIDEST_LABEL = 20
 _MOST_ROWS = 12
@@ -33,8 +34,9 @@ def timeline(plan: Plan, length: Length, width: int, amount: Callable[[int], str
     """
     rows, total = _rows(plan), length.require_total("a plan")
     highest = max(plan.moments, key=lambda moment: moment.peak_bytes)
-    labels = [*(label for label, _ in rows), amount(highest.peak_bytes), "on storage"]
-    left = min(max(map(len, labels)), _WIDEST_LABEL, width // 3) + 2
+    numbers = max(len(amount(highest.peak_bytes)), len(_STORAGE))
+    # A reason may be cut, a number never.
+    left = max(min(max(len(label) for label, _ in rows), _WIDEST_LABEL, width // 3), numbers) + 2
     columns = width - left
     stays = {verdict.step for verdict in plan.final}
     for label, steps in rows:
@@ -93,7 +95,7 @@ def _bars(moments: Sequence[Moment], total: int, left: int, columns: int, top: s
     peak = max(heights)
     levels = [-(-height * _HEIGHT * 8 // peak) if peak else 0 for height in heights]
     for row in range(_HEIGHT - 1, -1, -1):
-        text = _line(("", {_HEIGHT - 1: top, 0: "on storage"}.get(row, "")), left)
+        text = _line(("", {_HEIGHT - 1: top, 0: _STORAGE}.get(row, "")), left)
         blocks = [BLOCKS[min(max(level - row * 8, 0), 8)] for level in levels]
         styles = ["bold yellow" if height == peak else "blue" for height in heights]
         yield _styled(text, list(zip(blocks, styles, strict=True)))
@@ -127,12 +129,13 @@ def _ruler(total: int, left: int, columns: int) -> Text:
 
 
 def _arrow(highest: Moment, total: int, left: int, columns: int, words: str) -> Text:
-    column = _column(highest.step, total, columns)
-    if column + len(words) + 2 <= columns:
-        text, start = f"▲ {words}", column
+    place = left + _column(highest.step, total, columns)
+    if place + len(words) + 2 <= left + columns:
+        text = " " * place + f"▲ {words}"
     else:
-        text, start = f"{words} ▲", column - len(words) - 1
-    return _line(("", ""), left).append(" " * max(start, 0) + text, style="bold yellow")
+        # Below the labels there is room, too.
+        text = f"{words} ▲".rjust(place + 1)[-(place + 1) :]
+    return _line(("", ""), 2).append(text[2:], style="bold yellow")
 
 
 def _styled(text: Text, cells: Sequence[tuple[str, str]]) -> Text:

@@ -222,7 +222,7 @@ def _storage(panel: Axes, plan: Plan, total: int, unit_bytes: int | None) -> Non
     panel.set_ylabel(f"{name} on storage")
     foreseen, end = highest.peak_bytes / unit, amounts[-1]
     # Close under the line of the bound there is no room for its text.
-    below = top > foreseen > top / 1.12
+    below = top > foreseen > top / 1.3
     _peak(panel, highest.step, foreseen, f"peak {_amount(foreseen, name)} at step {highest.step:,}", total, below)
     panel.annotate(
         f"{_amount(end, name)} at the end", (total, end), (4, 0), textcoords="offset points",

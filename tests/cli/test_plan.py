@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckptstore as cs
-from ckptstore.cli.plantimeline import GOES, STAYS
+from ckptstore.cli.plantimeline import GOES, STAYS, timeline
+from ckptstore.cli.texts import size_text
 from ckptstore.policy.text import parse_keep, parse_schedule
 from tests.cli.conftest import Run, environment, process
 
@@ -164,7 +165,7 @@ def test_the_readme_shows_just_that() -> None:
     assert f"--size 1.5GB --step-time 90s\n{SHOWN}```" in readme.read_text()
 
 
-def timeline(*args: str, columns: int, terminal: bool = True, **extra: str) -> str:
+def at_terminal(*args: str, columns: int, terminal: bool = True, **extra: str) -> str:
     """What a terminal of that width shows."""
     if not terminal:
         return process("plan", *args, COLUMNS=str(columns), **extra).stdout
@@ -192,16 +193,47 @@ def bare(text: str) -> str:
 LONG = ("--save", "every(steps=50)", "--keep", "last(10) | epochs()", "--steps", "100000", "--epochs", "10")
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    save=st.lists(st.sampled_from(SAVES), min_size=1, max_size=4, unique=True).map(" | ".join),
+    keep=st.sampled_from(KEEPS),
+    total=st.integers(13, 10**6),
+    width=st.integers(40, 200),
+    size=st.sampled_from([None, 1, 10**9]),
+)
+def test_any_drawing_fits(save: str, keep: str, total: int, width: int, size: int | None) -> None:
+    """With a mark in the column of each save, the bright ones where something stays."""
+    length = cs.Length.of(total, 4, step_s=5.0)
+    save = save.replace("every(steps=7)", f"every(steps={total // 7})").replace("minutes=1", f"minutes={total / 50}")
+    plan = cs.foresee(parse_schedule(save), parse_keep(keep), length, checkpoint_bytes=size or 1)
+
+    lines = [
+        line.plain
+        for line in timeline(plan, length, width, lambda n: f"{n:,} checkpoints" if size is None else size_text(n))
+    ]
+    assert all(len(line) <= width for line in lines)
+    assert lines[-1].count("▲") == 1
+    marks = [line for line in lines if STAYS in line or GOES in line]
+    # The ruler begins with step 0.
+    columns = width - lines[-2].index("0")
+    places = {moment.step * (columns - 1) // total for moment in plan.moments}
+    drawn = {place for line in marks for place, mark in enumerate(line[-columns:]) if mark in (STAYS, GOES)}
+    assert drawn == places
+    bright = {place for line in marks for place, mark in enumerate(line[-columns:]) if mark == STAYS}
+    assert bright == {verdict.step * (columns - 1) // total for verdict in plan.final}
+
+
 @pytest.mark.parametrize("columns", [60, 80, 140])
 @pytest.mark.parametrize("args", [TIERS, LONG], ids=["short", "long"])
 def test_it_fits_the_terminal(columns: int, args: tuple[str, ...]) -> None:
     """And says the same as where nobody looks, but for where lines break."""
-    seen = timeline(*args, "--size", "1GB", columns=columns)
+    seen = at_terminal(*args, "--size", "1GB", columns=columns)
     lines = bare(seen).splitlines()
     assert max(map(len, lines)) <= columns
     drawing = lines[: next(number for number, line in enumerate(lines) if "▲" in line) + 1]
     assert (
-        drawing[4:] == timeline(*args, "--size", "1GB", columns=columns, terminal=False).splitlines()[4 : len(drawing)]
+        drawing[4:]
+        == at_terminal(*args, "--size", "1GB", columns=columns, terminal=False).splitlines()[4 : len(drawing)]
     )
     marks = next(line for line in drawing if line.startswith("every 50 steps"))
     # The last step is the last column, and stays.
@@ -211,12 +243,12 @@ def test_it_fits_the_terminal(columns: int, args: tuple[str, ...]) -> None:
 
 def test_bright_where_it_stays_and_dim_where_it_goes() -> None:
     args = (*TIERS, "--size", "1GB")
-    seen = timeline(*args, columns=80)
+    seen = at_terminal(*args, columns=80)
     assert f"\x1b[1;36m{STAYS}" in seen
     assert f"\x1b[2m{GOES}" in seen
-    assert "\x1b[36" not in timeline(*args, columns=80, NO_COLOR="1")
-    assert bare(timeline(*args, columns=80, NO_COLOR="1")) == bare(seen)
-    assert "\x1b" not in timeline(*args, columns=80, terminal=False)
+    assert "\x1b[36" not in at_terminal(*args, columns=80, NO_COLOR="1")
+    assert bare(at_terminal(*args, columns=80, NO_COLOR="1")) == bare(seen)
+    assert "\x1b" not in at_terminal(*args, columns=80, terminal=False)
 
 
 def test_where_the_locale_has_no_such_marks() -> None:
