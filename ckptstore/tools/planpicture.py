@@ -221,15 +221,15 @@ def _storage(panel: Axes, plan: Plan, total: int, unit_bytes: int | None) -> Non
     panel.set_ylim(0, top * 1.32 or 1)
     panel.set_ylabel(f"{name} on storage")
     foreseen, end = highest.peak_bytes / unit, amounts[-1]
-    # Close under the line of the bound there is no room for its text.
-    below = top > foreseen > top / 1.3
-    _peak(panel, highest.step, foreseen, f"peak {_amount(foreseen, name)} at step {highest.step:,}", total, below)
+    words = f"peak {_amount(foreseen, name)} at step {highest.step:,}"
+    # Close under the line of the bound there is no room for words.
+    _peak(panel, highest.step / total, foreseen, top if top < foreseen * 1.3 else foreseen, words)
     panel.annotate(
         f"{_amount(end, name)} at the end", (total, end), (4, 0), textcoords="offset points",
         va="center", size=8, annotation_clip=False,
     )  # fmt: skip
     if plan.peak_bytes > highest.peak_bytes or not plan.at_most:
-        _bound(panel, plan, top, name)
+        _bound(panel, plan, top, name, on_the_left=highest.step > 0.4 * total)
 
 
 def _heights(plan: Plan, total: int) -> tuple[list[int], list[int]]:
@@ -245,21 +245,25 @@ def _heights(plan: Plan, total: int) -> tuple[list[int], list[int]]:
     return [*steps, total], [*counts, counts[-1]]
 
 
-def _peak(panel: Axes, step: int, amount: float, text: str, total: int, below: bool) -> None:
-    side = "right" if step > total / 2 else "left"
+def _peak(panel: Axes, place: float, amount: float, height: float, words: str) -> None:
+    """A dot at ``amount``, and words over ``height``; ``place`` is a share of the run."""
+    side = "right" if place > 0.6 else "left"
+    step = place * panel.get_xlim()[1]
     panel.plot([step], [amount], "o", color="#D55E00", markersize=5, clip_on=False, zorder=5)
     panel.annotate(
-        text, (step, amount), (-8 if side == "right" else 8, -4 if below else 4), textcoords="offset points", ha=side,
-        va="top" if below else "bottom", weight="bold", size=9, color="#A34000",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
+        words, (step, height), (-6 if side == "right" else 6, 4), textcoords="offset points", ha=side, weight="bold",
+        size=9, color="#A34000",
     )  # fmt: skip
 
 
-def _bound(panel: Axes, plan: Plan, top: float, name: str) -> None:
+def _bound(panel: Axes, plan: Plan, top: float, name: str, *, on_the_left: bool) -> None:
+    """A line at the most that may lie there, with its words where those of the peak are not."""
     word = "at most" if plan.at_most else "at least"
     panel.axhline(top, color="#D55E00", linewidth=1, linestyle=(0, (4, 3)))
-    text = f"{word} {_amount(top, name)}, with what can't be foreseen"
-    panel.annotate(text, (0.012, top), (0, 3), xycoords=panel.get_yaxis_transform(), textcoords="offset points", size=8)
+    panel.annotate(
+        f"{word} {_amount(top, name)}, with what can't be foreseen", (0.012 if on_the_left else 0.988, top), (0, 4),
+        xycoords=panel.get_yaxis_transform(), textcoords="offset points", ha="left" if on_the_left else "right", size=8,
+    )  # fmt: skip
 
 
 def _epochs(lives: Axes, storage: Axes, length: Length) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import matplotlib as mpl
 import pytest
 
+from ckptstore import config
 from ckptstore.errors import FormatError
 from ckptstore.policy.plan import Plan, foresee
 from ckptstore.policy.progress import Length
@@ -108,6 +110,21 @@ def test_the_same_plan_gives_the_same_file() -> None:
         assert picture(plan, length, "svg", title="t", unit_bytes=None) == first
         assert mpl.rcParams["font.size"] == 30
     assert b"Matplotlib v" not in first
+
+
+def test_the_readmes_picture_is_this_one() -> None:
+    """``ckptstore plan configs/three-tiers.yaml --picture examples/three-tiers.svg`` makes it."""
+    root = Path(__file__).parents[2]
+    made = config.load(root / "configs" / "three-tiers.yaml", environment={})
+    assert made.save is not None
+    assert made.checkpoint_bytes is not None
+    length = made.run.length()
+    plan = foresee(made.save, made.keep, length, checkpoint_bytes=made.checkpoint_bytes, trash_s=made.trash_s)
+
+    # Where numbers stand at an axis is matplotlib's choice.
+    now = [text for text in texts(drawn(plan, length, f"save {made.save}\nkeep {made.keep}")) if " " in text]
+    assert [text for text in texts(ET.parse(root / "examples" / "three-tiers.svg").getroot()) if " " in text] == now
+    assert len(now) > 9
 
 
 def test_png() -> None:
