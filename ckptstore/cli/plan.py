@@ -117,7 +117,7 @@ def plan(
     )  # fmt: skip
     if picture:
         _draw(asked, made, picture)
-    written = _write(config, output, made) if write else None
+    written = _write(settings, config, output, asked, made) if write and settings and config else None
     from ckptstore.cli import plantext
 
     if as_json:
@@ -290,9 +290,23 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _write(config: str | None, output: str | None, made: Plan) -> str | None:
-    from ckptstore.config import write_steps
+def _write(config: Config, path: str, output: str | None, asked: Asked, made: Plan) -> str:
+    """Write the steps; the file's name.
 
-    assert config is not None
-    write_steps(config, [moment.step for moment in made.moments], output=output)
-    return output or config
+    Raises:
+        CommandError: what is written couldn't be read again.
+    """
+    from ckptstore.config import write_steps
+    from ckptstore.policy.room import parts_of
+
+    steps = [moment.step for moment in made.moments]
+    total = config.run.length().total_steps
+    if total is not None and steps and steps[-1] > total:
+        message = f"{path} is for a run of {total} steps, and step {steps[-1]} would never come: change its run: first"
+        raise CommandError(message, code="other_length")
+    write_steps(path, steps, output=output)
+    there = [] if config.save is None else parts_of(config.save)
+    for part in parts_of(asked.save):
+        if part.open_ends(asked.length) and part not in there:
+            note(f"{part} can't be told in steps, and isn't written: add it to save: in {output or path}")
+    return output or path

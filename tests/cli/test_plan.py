@@ -360,6 +360,20 @@ def test_write_to_another_file(run: Run, config: str, tmp_path: Path) -> None:
     assert "on_best('val_loss')" in run("plan", str(output), "--json").json["save"]
 
 
+def test_what_would_never_come_is_not_written(run: Run, config: str) -> None:
+    """A config must load after it was written as before."""
+    answer = run("plan", config, "--steps", "600", "--write", "--json")
+    assert (answer.exit_code, answer.json["error"]["code"]) == (2, "other_length")
+    assert "is for a run of 300 steps, and step 600 would never come" in answer.stderr
+    assert Path(config).read_text() == OURS
+
+
+def test_what_can_not_be_written_is_told(run: Run, config: str) -> None:
+    answer = run("plan", config, "--save", "every(steps=100) | on_best(acc)", "--write")
+    assert "on_best('acc') can't be told in steps, and isn't written" in answer.stderr
+    assert steps(run("plan", config, "--json")) == [100, 200, 300]
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_picture(run: Run, config: str, tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"plan.{ending}"
