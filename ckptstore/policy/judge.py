@@ -50,10 +50,14 @@ class Judgement:
     @property
     def needs_force(self) -> str | None:
         """Why a person should look before so many go; None where they are few."""
-        going, count = len(self.going), len(self.verdicts)
-        if going > MANY or (going > FEW and going * 2 > count):
-            return f"{going} of {count} checkpoints would go at once"
-        return None
+        return too_many(len(self.going), len(self.verdicts))
+
+
+def too_many(going: int, count: int) -> str | None:
+    """Why a person should look before ``going`` of ``count`` checkpoints go; None where they are few."""
+    if going > MANY or (going > FEW and going * 2 > count):
+        return f"{going} of {count} checkpoints would go at once"
+    return None
 
 
 def judge(

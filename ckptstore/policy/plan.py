@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 
 from ckptstore.errors import FormatError
-from ckptstore.policy.judge import Verdict, staying, verdict
+from ckptstore.policy.judge import Verdict, staying, too_many, verdict
 from ckptstore.policy.progress import Length, Past, Progress
 from ckptstore.policy.retention import Keep
 from ckptstore.policy.room import Room, parts_of, rules_of
@@ -124,7 +124,8 @@ def foresee(
     moments, staying_on = _moments(foreseen(save, length, checkpoint_bytes, final=final), keep, length, trash_s)
     room = Room(save, keep, length, checkpoint_bytes, in_trash=trash_s > 0)
     peaks = [room.peak(moment.peak_bytes, saved) for saved, moment in enumerate(moments, 1)]
-    return Plan(moments, staying_on, max(peaks, default=0), room.is_known, _notes(save, keep, length, trash_s, room))
+    notes = [*_notes(save, keep, length, trash_s, room), *_refused(moments)]
+    return Plan(moments, staying_on, max(peaks, default=0), room.is_known, notes)
 
 
 def _moments(
@@ -222,3 +223,11 @@ def _notes(save: Schedule, keep: Keep | None, length: Length, trash_s: float, ro
     if timed and length.step_s is None:
         notes.append(f"{' and '.join(timed)}: nothing grows older here, as nobody knows what a step takes: give step_s")
     return notes
+
+
+def _refused(moments: Sequence[Moment]) -> Iterator[str]:
+    """A note on the first save after which so many go that a person is asked."""
+    for moment in moments:
+        if (why := too_many(len(moment.going), moment.count + len(moment.going))) is not None:
+            yield f"after step {moment.step} {why}: without a backup, none does until somebody prunes with --force"
+            return

@@ -180,3 +180,10 @@ def test_longer_than_any_calendar() -> None:
 
 def test_epochs_that_nobody_knows() -> None:
     assert "nobody knows where epochs end" in plan_of("every(steps=5)", "epochs()", total_steps=10).notes[0]
+
+
+def test_so_many_at_once_that_a_person_is_asked() -> None:
+    """After hours in which nothing was saved all that there is is old."""
+    [note] = plan_of("at(0, 10, 20, 30, 20000)", "within('1h')", total_steps=20_000, step_s=1).notes
+    assert note.startswith("after step 20000 4 of 5 checkpoints would go at once: without a backup, none does until")
+    assert not plan_of("at(0, 10, 20, 20000)", "within('1h')", total_steps=20_000, step_s=1).notes
