@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ckptstore.errors import FormatError
 
@@ -165,6 +166,17 @@ class Progress:
     costs: Costs | None = None
 
 
+class Remembered(Protocol):
+    """What is known of an earlier save. Checkpoints of a store are such."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def reasons(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class Past:
     """What a schedule remembers: where it decided last, and what was saved.
@@ -183,6 +195,23 @@ class Past:
     saved_s: float = 0.0
     reached: frozenset[str] = frozenset()
     best: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def resumed(cls, now: Progress, saved: Sequence[Remembered]) -> Past:
+        """After a run was resumed at ``now`` from the last of ``saved``, checkpoints oldest first.
+
+        What was reached, and the best values, stand in the checkpoints that it came from; those of a line that was
+        left by going back to an earlier one are not among them.
+        """
+        past, lowest = cls().decided(now), math.inf
+        line: list[Remembered] = []
+        for checkpoint in reversed(saved):
+            if checkpoint.step < lowest or not line:
+                line.append(checkpoint)
+            lowest = min(lowest, checkpoint.step)
+        for checkpoint in reversed(line):
+            past = past.saved(replace(now, metrics=checkpoint.metrics), checkpoint.reasons)
+        return past
 
     def decided(self, now: Progress) -> Past:
         """After a decision at ``now``, whatever came of it."""
