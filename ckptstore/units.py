@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 from ckptstore.errors import FormatError
 
@@ -33,7 +34,7 @@ def duration_s(duration: float | str, name: str = "duration") -> float:
     Raises:
         FormatError: anything else; ``name`` says what it should have been.
     """
-    if type(duration) in (int, float) and 0 <= float(duration) < float("inf"):
+    if type(duration) in (int, float) and 0 <= duration <= sys.float_info.max:  # type: ignore[operator]
         return float(duration)
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
     if match is None:

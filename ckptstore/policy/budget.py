@@ -12,6 +12,7 @@ from ckptstore.policy.schedule import Schedule
 from ckptstore.units import duration_s, duration_text
 
 _SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", re.ASCII)
+_LONGEST_S = 86400 * 1e6
 FIRST_S = 60.0
 """After so much training the first save is made: before it nobody knows what one costs."""
 
@@ -101,6 +102,6 @@ def budget(overhead: float | str = "1%", mtbf: float | str = "6h") -> Budget:
     if not is_number(share) or not 0 < share < 1:  # type: ignore[operator]
         raise FormatError(f"budget(overhead={overhead!r}) must be over 0 and below 100 %, as '1%' or 0.01")
     seconds = duration_s(mtbf, "budget(mtbf=…)")
-    if seconds <= 0:
-        raise FormatError(f"budget(mtbf={mtbf!r}) must be over 0, as '6h'")
+    if not 0 < seconds <= _LONGEST_S:
+        raise FormatError(f"budget(mtbf={mtbf!r}) must be over 0 and below {_LONGEST_S / 86400:g}d, as '6h'")
     return Budget(float(share), seconds)

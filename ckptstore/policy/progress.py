@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -231,7 +232,8 @@ class Past:
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite int or float, and no bool."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    # One larger than any float would fail wherever it is reckoned with.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def check_count(value: object, name: str) -> None:
