@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from ckptstore.errors import FormatError
 from ckptstore.policy.progress import Length, Past, Progress, check_count, is_number
-from ckptstore.policy.schedule import LONGEST, Schedule, crossed, within_limit
+from ckptstore.policy.schedule import Schedule, crossed, within_limit
 
 Spacing: TypeAlias = Literal["log", "linear", "log_offset"]
 _SPACINGS = ("log", "linear", "log_offset")
@@ -105,11 +106,14 @@ def _planned(plan: EpochPlan, length: Length) -> tuple[int, ...]:
 def _at_most(plan: EpochPlan, ends: list[int]) -> int:
     """More than the plan has steps, without listing them."""
     longest = max(end - start for start, end in pairwise([0, *ends]))
-    each = longest // (plan.interval or max(1, longest // _AUTO)) if plan.then == "linear" else longest.bit_length() + 1
-    # A base close to 1 makes many small gaps; their number is bounded by that of the steps.
-    if plan.then != "linear" and plan.base < 2:
-        each = longest
-    return min(plan.first, ends[0] + 1) + len(ends) * (each + 2) if len(ends) <= LONGEST else len(ends)
+    if plan.then == "linear":
+        each = longest // (plan.interval or max(1, longest // _AUTO))
+    else:
+        # The gap before the end of an epoch is a power of the base, and no longer than the epoch.
+        each = math.ceil(math.log(longest) / math.log(plan.base))
+        # Gaps are over 1; offsets grow by less where the base is close to 1, and many of them are one step.
+        each = min(each, longest) if plan.then == "log" else each
+    return min(plan.first, ends[0] + 1) + len(ends) * (each + 2)
 
 
 def first_epoch(steps: int, count: int) -> list[int]:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from ckptstore.errors import FormatError
 
+LONGEST = 1_000_000
+"""More steps than this nobody saves, and listing them would fill the memory."""
 MILESTONE, BEST = "milestone ", "best "
 """How reasons begin that are remembered: what was reached, and the metric that was the best so far."""
 
@@ -106,9 +108,11 @@ class Length:
         Where the run ends before its last epoch does, the multiples of ``steps_per_epoch``.
 
         Raises:
-            FormatError: too little is known.
+            FormatError: too little is known, or they are too many.
         """
         total, epochs, each = self.total_steps, self.epochs, self.steps_per_epoch
+        if total is not None and each is not None and total // each > LONGEST:
+            raise FormatError(f"the run has {total // each:,} epochs, more than anybody can list: count in steps")
         if total is not None and epochs is not None and each is not None and total >= each * epochs:
             return [epoch * total // epochs for epoch in range(1, epochs + 1)]
         if total is not None and each is not None:

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptstore.errors import FormatError
-from ckptstore.policy.progress import Length, Past, Progress
-
-LONGEST = 10_000_000
-"""More steps than this nobody saves, and listing them would fill the memory."""
+from ckptstore.policy.progress import LONGEST, Length, Past, Progress
 
 
 class Schedule(ABC):
@@ -118,7 +115,7 @@ def within_limit(count: int, what: object) -> None:
         FormatError: they are too many.
     """
     if count > LONGEST:
-        raise FormatError(f"{what} would save {count:,} times: write a larger interval")
+        raise FormatError(f"{what} would save {count:,} times: write longer intervals")
 
 
 def crossed(steps: Sequence[int], after: int, until: int) -> bool:

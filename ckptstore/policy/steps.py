@@ -57,11 +57,16 @@ def at(*steps: int | str) -> At:
         FormatError: what is no step, and no segment; or none at all.
     """
     wanted: set[int] = set()
+    listed = 0
     for part in steps:
         if type(part) is int and 0 <= part <= _LAST:
             wanted.add(part)
         elif isinstance(part, str) and (match := _SEGMENT.fullmatch(part)):
-            wanted.update(_segment(part, int(match[1]), int(match[2]), int(match[3])))
+            segment = _segment(part, int(match[1]), int(match[2]), int(match[3]))
+            # Before they are listed, and all segments together.
+            listed += len(segment)
+            within_limit(listed, f"at(… {part!r} …)")
+            wanted.update(segment)
         else:
             raise FormatError(_no_step(part))
     if not wanted:
@@ -75,7 +80,6 @@ def _segment(text: str, first: int, last: int, every: int) -> range:
             f"at({text!r}): a segment is FIRST-LAST/EVERY with EVERY at least 1 and LAST not before FIRST, as "
             "'2000-10000/1000'"
         )
-    within_limit((last - first) // every + 1, f"at({text!r})")
     return range(first, last + 1, every)
 
 
