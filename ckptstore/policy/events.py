@@ -81,8 +81,8 @@ class Milestones(Schedule):
         """The steps at which they are reached."""
         if self.of == "steps":
             return list(self.counts)
-        each = length.tokens_per_step or 1
-        return sorted({-(-count // each) for count in self.counts}) if self.of == "tokens" else []
+        each = length.tokens_per_step
+        return sorted({-(-count // each) for count in self.counts}) if self.of == "tokens" and each else []
 
     def open_ends(self, length: Length) -> list[str]:
         """Parameters depend on the model; tokens on how many a step has."""

@@ -145,7 +145,7 @@ class Every(Schedule):
             length.require_total(str(self))
         limit = {
             "steps": length.total_steps,
-            "epochs": length.epochs,
+            "epochs": self._epochs(length),
             "tokens": length.total_steps and length.tokens_per_step and length.total_steps * length.tokens_per_step,
         }.get(self.unit)
         if limit is not None and self.amount > limit:
@@ -154,6 +154,13 @@ class Every(Schedule):
     def __str__(self) -> str:
         amount = repr(count_name(int(self.amount))) if self.unit == "tokens" else f"{self.amount!r}"
         return f"every({self.unit}={amount})"
+
+    def _epochs(self, length: Length) -> int | None:
+        """Those that end within the run, which may end before its last epoch does."""
+        if length.total_steps is None or length.steps_per_epoch is None:
+            return length.epochs
+        ending = length.total_steps // length.steps_per_epoch
+        return ending if length.epochs is None else min(length.epochs, ending)
 
     def _multiple(self, count: int) -> int:
         return count // int(self.amount) * int(self.amount)
@@ -198,6 +205,7 @@ _WRITTEN_UNITS: dict[str, tuple[Unit, float]] = {
     "h": ("minutes", 60),
     "d": ("minutes", 24 * 60),
 }
+_LIMITS: dict[Unit, tuple[float, float]] = {"minutes": (1e-6, 1e9), "fraction": (1e-15, 1)}
 _EXAMPLES = "every(steps=250), every(epochs=1), every(minutes=30), every(tokens='1B'), every(fraction=0.1)"
 
 
@@ -241,11 +249,13 @@ def every(
 
 def _checked(unit: Unit, amount: object) -> int | float:
     whole = unit in ("steps", "epochs", "tokens")
-    fits = isinstance(amount, int | float) and is_number(amount) and amount > 0
-    if fits and (type(amount) is int or not whole) and (unit != "fraction" or amount <= 1):  # type: ignore[operator]
+    least, most = _LIMITS.get(unit, (1, _LAST))
+    fits = isinstance(amount, int | float) and is_number(amount) and least <= amount <= most
+    if fits and (type(amount) is int or not whole):
         return amount  # type: ignore[return-value]
-    limits = "a whole number of at least 1" if whole else "over 0" + (" and at most 1" if unit == "fraction" else "")
-    raise FormatError(f"every({unit}={amount!r}) must be {limits}; for example {_EXAMPLES}")
+    shown = "over 0 and at most 1" if unit == "fraction" else f"from {least:g} to {most:g}"
+    shown = f"a whole number {shown}" if whole else shown
+    raise FormatError(f"every({unit}={amount!r:.60}) must be {shown}; for example {_EXAMPLES}")
 
 
 def _written(text: object) -> Every:
