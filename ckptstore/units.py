@@ -45,4 +45,6 @@ def duration_s(duration: float | str, name: str = "duration") -> float:
 def duration_text(seconds: float) -> str:
     """``seconds`` as ``duration_s`` reads it, in the largest unit of which there is at least one: 1.5h, 90s, 7d."""
     unit = next((unit for unit in reversed(_SECONDS) if seconds >= 2 * _SECONDS[unit]), "s")
-    return f"{seconds / _SECONDS[unit]:.4g}{unit}"
+    number = seconds / _SECONDS[unit]
+    # Never as 1e-05 or 1e+04, which nobody reads as a duration.
+    return f"{number:.4g}{unit}" if 1e-4 <= number < 1e4 else f"{number:.9f}".rstrip("0").rstrip(".") + unit

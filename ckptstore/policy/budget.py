@@ -78,7 +78,11 @@ class Budget(Schedule):
         return [f"{self} depends on what steps and saves take"]
 
     def __str__(self) -> str:
-        return f"budget(overhead='{self.overhead * 100:g}%', mtbf={duration_text(self.mtbf_s)!r})"
+        # As people write them where that is the same number, or else the numbers.
+        percent, mtbf = f"{self.overhead * 100:.9g}%", duration_text(self.mtbf_s)
+        match = _SHARE.fullmatch(percent)
+        share: object = percent if match and float(match[1]) / 100 == self.overhead else self.overhead
+        return f"budget(overhead={share!r}, mtbf={mtbf if duration_s(mtbf) == self.mtbf_s else self.mtbf_s!r})"
 
 
 def budget(overhead: float | str = "1%", mtbf: float | str = "6h") -> Budget:

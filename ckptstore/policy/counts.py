@@ -12,7 +12,8 @@ _COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?(?:[eE]\+?\d{1,2})?)\s*([KMB]?)", r
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _GRAMMAR = "write numbers with commas between them, as 1B,5B or 250k,1.5M (B, M and K are powers of ten)"
 _LARGEST = 10**15
-_BARE_BILLIONS = 1000
+BARE_BILLIONS = 1000
+"""Below it a number without a unit means billions, of parameters and tokens."""
 
 
 def parse_count(text: str, name: str = "count", *, billions: bool = False) -> int:
@@ -30,7 +31,7 @@ def parse_count(text: str, name: str = "count", *, billions: bool = False) -> in
     if match is None:
         raise FormatError(f"{name}: {text!r} is no count; {_GRAMMAR}")
     number, unit = Decimal(match[1]), match[2].upper()
-    scale = _UNITS["B"] if billions and not unit and number < _BARE_BILLIONS else _UNITS[unit]
+    scale = _UNITS["B"] if billions and not unit and number < BARE_BILLIONS else _UNITS[unit]
     exact = number * scale
     if exact != exact.to_integral_value() or not 1 <= exact <= _LARGEST:
         raise FormatError(f"{name}: {text!r} is {exact:f}, no whole number from 1 to {_LARGEST:,}")
@@ -43,6 +44,8 @@ def parse_counts(given: str | Iterable[int | str], name: str = "milestones", *, 
     Raises:
         FormatError: one of them is no count, or there is none.
     """
+    if not isinstance(given, Iterable):
+        raise FormatError(f"{name}: {given!r:.60} is no text and no list; {_GRAMMAR}")
     parts = given.split(",") if isinstance(given, str) else list(given)
     found = set()
     for part in parts:

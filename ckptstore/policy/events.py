@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ckptstore.errors import FormatError
-from ckptstore.policy.counts import count_name, parse_counts
+from ckptstore.policy.counts import BARE_BILLIONS, count_name, parse_counts
 from ckptstore.policy.metrics import Mode, check_metric, mode_of
 from ckptstore.policy.progress import BEST, MILESTONE, Length, Past, Progress
 from ckptstore.policy.schedule import Schedule
@@ -107,6 +107,9 @@ class Milestones(Schedule):
 
     def __str__(self) -> str:
         of = "" if self.of == "params" else f", of={self.of!r}"
+        if self.of != "steps" and self.counts[0] < BARE_BILLIONS:
+            # As text they would be billions.
+            return f"milestones({list(self.counts)}{of})"
         return f"milestones({','.join(map(count_name, self.counts))!r}{of})"
 
 

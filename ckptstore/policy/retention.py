@@ -80,7 +80,7 @@ class AtMost(Keep):
     """See ``at_most``."""
 
     limit: int
-    written: str = field(compare=False)
+    written: int | str = field(compare=False)
 
     def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
         """As many as there is room for."""
@@ -95,7 +95,8 @@ class AtMost(Keep):
             # They alone are too large: what the other rules keep is thinned as well, and nothing else stays.
             stay = Thinner([c for c in checkpoints if c.id in first], set(situation.fixed)).until(room)
             return {id: others[id] for id in stay if id in others}
-        return {id: others.get(id, f"there is room within {self.written}") for id in thinner.until(room)}
+        within = f"there is room within {self.written}" + ("B" if isinstance(self.written, int) else "")
+        return {id: others.get(id, within) for id in thinner.until(room)}
 
     def __str__(self) -> str:
         return f"at_most({self.written!r})"

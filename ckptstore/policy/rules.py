@@ -240,7 +240,10 @@ def at_most(size: str | int) -> AtMost:
     Raises:
         FormatError: no size.
     """
-    return AtMost(size_bytes(size, "at_most"), size if isinstance(size, str) else f"{size}B")
+    limit = size_bytes(size, "at_most")
+    if limit < 1:
+        raise FormatError(f"at_most({size!r}) must be over 0, as '9GB'; the newest checkpoint always stays")
+    return AtMost(limit, size)
 
 
 def _firsts(checkpoints: Sequence[Kept], key: Callable[[Kept], int | None], why: Callable[[int], str]) -> Reasons:
