@@ -247,20 +247,16 @@ def at_most(size: str | int) -> AtMost:
 
 
 def _firsts(checkpoints: Sequence[Kept], key: Callable[[Kept], int | None], why: Callable[[int], str]) -> Reasons:
-    """Of each key the first checkpoint on the line to the newest one, or else the newest on lines that were left."""
-    first: dict[int, str] = {}
-    left: dict[int, str] = {}
-    lowest = math.inf
-    for checkpoint in reversed(checkpoints):
+    """Of each key the checkpoint with the fewest steps, of several the newest: after a roll-back that of the new line.
+
+    Nothing but the checkpoints of one key decides among them, so that whatever else goes, the one that is kept stays.
+    """
+    first: dict[int, Kept] = {}
+    for checkpoint in checkpoints:
         number = key(checkpoint)
-        # After a roll-back steps begin again: what the newest checkpoint came from has ever smaller ones.
-        on_line = checkpoint.step < lowest
-        lowest = min(lowest, checkpoint.step)
-        if number is not None and on_line:
-            first[number] = checkpoint.id
-        elif number is not None:
-            left.setdefault(number, checkpoint.id)
-    return {id: why(number) for number, id in (left | first).items()}
+        if number is not None and (number not in first or checkpoint.step <= first[number].step):
+            first[number] = checkpoint
+    return {checkpoint.id: why(number) for number, checkpoint in first.items()}
 
 
 def _by_id(ids: dict[str, str]) -> Reasons:
