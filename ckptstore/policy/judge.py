@@ -101,7 +101,9 @@ def staying(
     always = {id: f"held as {', '.join(sorted(names))}" for id, names in held.items()}
     newest = {c.id: "the newest good one always stays" for c in good[-1:]}
     bad_lenders = {lender for c in checkpoints if c.id in bad for lender in c.lenders}
-    situation = Situation(now, {*always, *newest, *bad_lenders}, other_bytes)
+    # What is damaged takes up space as well, and nobody can tell whether it could be less.
+    bad_bytes = sum(c.stored_bytes - c.borrowed_bytes for c in checkpoints if c.id in bad)
+    situation = Situation(now, {*always, *newest, *bad_lenders}, other_bytes + bad_bytes)
     kept = merged([keep.kept(good, situation), always])
     for id, why in newest.items():
         kept.setdefault(id, why)

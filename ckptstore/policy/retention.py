@@ -93,7 +93,7 @@ class AtMost(Keep):
         thinner = Thinner(checkpoints, first)
         if thinner.bytes_of_protected > room:
             # They alone are too large: what the other rules keep is thinned as well, and nothing else stays.
-            stay = Thinner([c for c in checkpoints if c.id in first], set(situation.fixed)).until(room)
+            stay = Thinner(checkpoints, set(situation.fixed), among=first).until(room)
             return {id: others[id] for id in stay if id in others}
         within = f"there is room within {self.written}" + ("B" if isinstance(self.written, int) else "")
         return {id: others.get(id, within) for id in thinner.until(room)}
@@ -104,7 +104,7 @@ class AtMost(Keep):
 
 @dataclass(frozen=True)
 class AnyOf(Keep):
-    """Keeps what any of its parts keeps; where one of them is ``at_most``, no more than that."""
+    """Keeps what any of its parts keeps; where one of them is ``at_most``, no more than that, the least of several."""
 
     parts: tuple[Keep, ...]
 
@@ -112,9 +112,10 @@ class AnyOf(Keep):
         """What any part keeps, for the reasons of all of them."""
         rules = [part for part in self.parts if not isinstance(part, AtMost)]
         reasons: Reasons = merged(rule.kept(checkpoints, situation) for rule in rules)
-        for part in self.parts:
-            if isinstance(part, AtMost):
-                reasons = part.capped(checkpoints, reasons, situation)
+        limits = [part for part in self.parts if isinstance(part, AtMost)]
+        if limits:
+            # The smallest says it all: a larger one would fill up what that one has emptied.
+            return min(limits, key=lambda part: part.limit).capped(checkpoints, reasons, situation)
         return reasons
 
     def __str__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -23,18 +22,28 @@ class _Sized(Protocol):
 
 
 class Thinner:
-    """Thins ``checkpoints``, oldest first, but for those that are protected."""
+    """Thins ``checkpoints``, oldest first, but for those that are protected.
 
-    def __init__(self, checkpoints: Sequence[_Sized], protected: Collection[str]) -> None:
-        self._all = checkpoints
+    Args:
+        checkpoints: all there are.
+        protected: the ids that stay.
+        among: those that may stay; by default all. The files of the others stay only where these borrow from them.
+    """
+
+    def __init__(
+        self, checkpoints: Sequence[_Sized], protected: Collection[str], *, among: Collection[str] | None = None
+    ) -> None:
+        self._all = checkpoints if among is None else [c for c in checkpoints if c.id in among]
         self._protected = protected
         self._own = {c.id: c.stored_bytes - c.borrowed_bytes for c in checkpoints}
-        self._lenders = {c.id: c.lenders for c in checkpoints}
 
     @property
     def bytes_of_protected(self) -> int:
         """What stays whatever happens."""
-        used = {id for c in self._all if c.id in self._protected for id in (c.id, *c.lenders)}
+        return self._bytes([c for c in self._all if c.id in self._protected])
+
+    def _bytes(self, checkpoints: Sequence[_Sized]) -> int:
+        used = {id for c in checkpoints for id in (c.id, *c.lenders)}
         return sum(self._own.get(id, 0) for id in used)
 
     def until(self, limit: int) -> list[str]:
@@ -43,18 +52,27 @@ class Thinner:
         Always goes next the one whose gap is the smallest for its age: of those that stay, the gaps grow in proportion
         to the age. Distances are counted in steps along the history, there and back where it was rolled back.
         """
-        users = Counter(id for c in self._all for id in (c.id, *c.lenders))
-        total = sum(self._own.get(id, 0) for id in users)
-        places = [0, *accumulate(max(1, abs(later.step - one.step)) for one, later in pairwise(self._all))]
-        line = _Line(places[: len(self._all)], [c.id in self._protected for c in self._all])
+        total = self._bytes(self._all)
+        if total <= limit or not self._all:
+            return [c.id for c in self._all]
+        users: dict[str, int] = {}
+        for c in self._all:
+            for id in (c.id, *c.lenders):
+                users[id] = users.get(id, 0) + 1
+        steps = [c.step for c in self._all]
+        line = _Line(
+            list(accumulate((abs(later - one) or 1 for one, later in pairwise(steps)), initial=0)),
+            [c.id in self._protected for c in self._all],
+        )
         gone = set()
         while total > limit and (index := line.pop()) is not None:
-            id = self._all[index].id
-            gone.add(id)
-            for used in (id, *self._lenders[id]):
+            going = self._all[index]
+            gone.add(going.id)
+            for used in (going.id, *going.lenders):
                 users[used] -= 1
                 # A lender's files stay as long as anybody needs them.
-                total -= self._own.get(used, 0) if users[used] == 0 else 0
+                if users[used] == 0:
+                    total -= self._own.get(used, 0)
         return [c.id for c in self._all if c.id not in gone]
 
 
