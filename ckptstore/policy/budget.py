@@ -26,7 +26,8 @@ class Interval:
         overhead: the share of time that saves keep training waiting, at this interval.
         loss_s: training that one failure costs on average, in seconds: half an interval, and what was still being
             saved.
-        bound_by: what decided: "mtbf" (more often would cost more than it saves), "overhead" or "save time".
+        bound_by: what decided: "mtbf" (more often would cost more than it saves), "overhead", "save time" or, where
+            all of these are shorter than one step, "step time".
     """
 
     interval_s: float
@@ -56,9 +57,10 @@ class Budget(Schedule):
         best = self.mtbf_s
         if ratio < 1:
             best = math.sqrt(2 * stall * self.mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall
-        limits = {"mtbf": best, "overhead": stall / self.overhead - stall, "save time": costs.save_s}
+        overhead = stall / self.overhead - stall
+        limits = {"mtbf": best, "overhead": overhead, "save time": costs.save_s, "step time": costs.step_s}
         bound_by = max(limits, key=lambda name: limits[name])
-        interval = max(limits[bound_by], costs.step_s)
+        interval = limits[bound_by]
         return Interval(interval, stall / (interval + stall), interval / 2 + costs.save_s, bound_by)
 
     def due(self, now: Progress, past: Past, length: Length) -> list[str]:

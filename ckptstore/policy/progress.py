@@ -158,7 +158,7 @@ class Progress:
         tokens: tokens learnt from.
         parameters: trainable ones, now.
         elapsed_s: seconds of training, over all its processes.
-        metrics: what was reported since the decision before.
+        metrics: what was reported since the last save that succeeded, as the next one records it.
         costs: what was measured, None before the first save.
     """
 
