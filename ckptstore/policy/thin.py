@@ -61,7 +61,8 @@ class Thinner:
                 users[id] = users.get(id, 0) + 1
         steps = [c.step for c in self._all]
         line = _Line(
-            list(accumulate((abs(later - one) or 1 for one, later in pairwise(steps)), initial=0)),
+            # From the beginning of the run: what went before the oldest one that is left is part of its gap.
+            list(accumulate((abs(later - one) or 1 for one, later in pairwise(steps)), initial=steps[0])),
             [c.id in self._protected for c in self._all],
         )
         gone = set()
@@ -93,7 +94,7 @@ class _Line:
         before, after = self._before[index], self._after[index]
         if after == len(self._places):
             return float("inf")
-        start = self._places[before] if before >= 0 else self._places[index]
+        start = self._places[before] if before >= 0 else 0
         return (self._places[after] - start) / (self._places[-1] - self._places[index])
 
     def pop(self) -> int | None:
