@@ -61,7 +61,7 @@ def parse_counts(given: str | Iterable[int | str], name: str = "milestones", *, 
 
 
 def count_name(count: int) -> str:
-    """The shortest exact way to write ``count``: 1B, 1.04K, 123456789."""
+    """The shortest exact way to write ``count``: 1B, 1.04M, 123456789."""
     for unit in ("B", "M", "K"):
         number = Decimal(count) / _UNITS[unit]
         text = f"{number.normalize():f}"

@@ -30,7 +30,7 @@ def test_S02_first_epoch_of_few() -> None:
     """A plan itself refuses what makes no sense, where somebody wrote it."""
     assert [first_epoch(100, count) for count in (0, -1, 1)] == [[], [], [100]]
     assert [first_epoch(100, count) for count in (2, 3)] == [[0, 100], [0, 50, 100]]
-    with pytest.raises(cs.FormatError, match="first=-1.*0 or more"):
+    with pytest.raises(cs.FormatError, match=r"first=-1.*0 or more"):
         cs.epoch_plan(first=-1)
 
 
@@ -156,10 +156,11 @@ def test_S19_the_same_again() -> None:
 def test_bases_that_hardly_grow_end(base: float, spacing: Spacing) -> None:
     """Either they can be listed, or the plan is refused; and few saves of a long run are few."""
     plan = cs.epoch_plan(2, spacing, base=base)
-    try:
-        assert len(plan.steps(3000, 3)) <= 3001
-    except cs.FormatError as error:
-        assert "write longer intervals" in str(error)
+    if spacing == "log_offset" and base < 1.001:
+        with pytest.raises(cs.FormatError, match="write longer intervals"):
+            plan.steps(3000, 3)
+    else:
+        assert plan.steps(3000, 3)[-1] == 3000
     assert len(cs.epoch_plan(2, spacing, base=1.5).steps(10**12, 3)) < 250
 
 
