@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import blocked, codec, frozen, growth, listing, memory, results, tensors, training, verify
+from benchmarks import blocked, codec, frozen, growth, listing, memory, policies, results, tensors, training, verify
 from benchmarks.table import markdown, write_readme
 from ckptstore.tools.throughput import scratch
 
-FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5}
-"""At most: these take minutes a round, and repeat themselves closely."""
+FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5}
+"""At most: these take minutes a round, or repeat themselves closely."""
 
 Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
 """Called with the folder, the rounds, and the command line."""
@@ -64,6 +64,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gpt2": throughput(tensors.gpt2_adamw, ("raw", "ckptstore", "torch", "safetensors", "dcp")),
     "many": throughput(tensors.many, ("ckptstore", "torch", "safetensors")),
     "listing": alone(listing.measure),
+    "policies": alone(policies.measure),
     "blocked": alone(blocked.measure, tell=_tell),
     "training": alone(training.measure, tell=_tell),
     "memory": alone(memory.measure, tell=_tell),

@@ -43,8 +43,17 @@ def markdown(results: dict[str, Any]) -> str:
     if "listing" in results:
         found = results["listing"]
         parts.append(f"Listing {found['checkpoints']:,} checkpoints: {found['median_s']:.2f} s.")
+    parts += [_policies(results["policies"])] if "policies" in results else []
     parts += ["### Object stores", s3table.markdown(results["s3"])] if "s3" in results else []
     return "\n\n".join(parts)
+
+
+def _policies(measured: dict[str, Any]) -> str:
+    rows = [f"| deciding what stays of {measured['checkpoints']:,} checkpoints, under | takes |", "|---|---|"]
+    for name, seconds in measured["seconds"].items():
+        median, least, most = (value * 1000 for value in (statistics.median(seconds), min(seconds), max(seconds)))
+        rows.append(f"| `{name}` | {median:.1f} ms ({least:.1f} to {most:.1f}) |")
+    return "\n".join(rows)
 
 
 def write_readme(table: str) -> None:

@@ -124,7 +124,7 @@ def test_when_it_is_due() -> None:
     "overhead", [0, 1, -0.5, 1.5, True, "1", "0%", "100%", "-1%", "x", float("nan"), None, 10**400]
 )
 def test_what_is_no_overhead(overhead: object) -> None:
-    with pytest.raises(cs.FormatError, match="over 0 and below 100 %, as '1%' or 0.01"):
+    with pytest.raises(cs.FormatError, match=r"over 0 and below 100 %, as '1%' or 0.01"):
         cs.budget(overhead)  # type: ignore[arg-type]
 
 
