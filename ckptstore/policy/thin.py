@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -60,13 +61,10 @@ class Thinner:
             for id in (c.id, *c.lenders):
                 users[id] = users.get(id, 0) + 1
         steps = [c.step for c in self._all]
-        line = _Line(
-            # From the beginning of the run: what went before the oldest one that is left is part of its gap.
-            list(accumulate((abs(later - one) or 1 for one, later in pairwise(steps)), initial=steps[0])),
-            [c.id in self._protected for c in self._all],
-        )
+        # From the beginning of the run: what went before the oldest one that is left is part of its gap.
+        places = list(accumulate((abs(later - one) or 1 for one, later in pairwise(steps)), initial=steps[0]))
         gone = set()
-        while total > limit and (index := line.pop()) is not None:
+        for index in _dispensable(places, [c.id in self._protected for c in self._all]):
             going = self._all[index]
             gone.add(going.id)
             for used in (going.id, *going.lenders):
@@ -74,42 +72,35 @@ class Thinner:
                 # A lender's files stay as long as anybody needs them.
                 if users[used] == 0:
                     total -= self._own.get(used, 0)
+            if total <= limit:
+                break
         return [c.id for c in self._all if c.id not in gone]
 
 
-class _Line:
-    """Places in order, of which the most dispensable is taken out, one after the other."""
+def _dispensable(places: Sequence[int], fixed: Sequence[bool]) -> Iterator[int]:
+    """The indices of ``places``, in order, that aren't fixed: ever the most dispensable of those that are left."""
+    count, newest = len(places), places[-1]
+    before, after = list(range(-1, count - 1)), list(range(1, count + 1))
+    # Where there is none before, -1 finds the beginning of the run; where there is none after, all are equally far.
+    places = [*places, 0]
 
-    def __init__(self, places: Sequence[int], fixed: Sequence[bool]) -> None:
-        count = len(places)
-        self._places, self._fixed = places, fixed
-        self._before = list(range(-1, count - 1))
-        self._after = list(range(1, count + 1))
-        self._heap = [(self._weight(index), index) for index in range(count) if not fixed[index]]
-        heapq.heapify(self._heap)
-        self._gone = [False] * count
-
-    def _weight(self, index: int) -> float:
+    def weight(index: int) -> float:
         """The gap that would remain, for its age. The newest has no age, and goes last."""
-        before, after = self._before[index], self._after[index]
-        if after == len(self._places):
-            return float("inf")
-        start = self._places[before] if before >= 0 else 0
-        return (self._places[after] - start) / (self._places[-1] - self._places[index])
+        if after[index] == count:
+            return math.inf
+        return (places[after[index]] - places[before[index]]) / (newest - places[index])
 
-    def pop(self) -> int | None:
-        while self._heap:
-            weight, index = heapq.heappop(self._heap)
-            # Its gap has grown since, and the heap holds it once more with that.
-            if self._gone[index] or weight != self._weight(index):
-                continue
-            self._gone[index] = True
-            before, after = self._before[index], self._after[index]
-            for neighbour, links, other in ((before, self._after, after), (after, self._before, before)):
-                if 0 <= neighbour < len(self._places):
-                    links[neighbour] = other
-            for neighbour in (before, after):
-                if 0 <= neighbour < len(self._places) and not self._fixed[neighbour]:
-                    heapq.heappush(self._heap, (self._weight(neighbour), neighbour))
-            return index
-        return None
+    heap = [(weight(index), index) for index in range(count) if not fixed[index]]
+    heapq.heapify(heap)
+    while heap:
+        known, index = heap[0]
+        # Gaps only grow: the least known weight is the least of all once it is up to date.
+        if (now := weight(index)) > known:
+            heapq.heapreplace(heap, (now, index))
+            continue
+        heapq.heappop(heap)
+        if before[index] >= 0:
+            after[before[index]] = after[index]
+        if after[index] < count:
+            before[after[index]] = before[index]
+        yield index
