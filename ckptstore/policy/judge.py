@@ -83,7 +83,9 @@ def judge(
         other_bytes: what else takes up space there.
     """
     reasons = staying(keep, checkpoints, now=now, held=held, bad=bad, other_bytes=other_bytes)
-    return Judgement([verdict(c, reasons, keep) for c in checkpoints])
+    # Written once, not for each that goes.
+    written = str(keep)
+    return Judgement([verdict(c, reasons, written) for c in checkpoints])
 
 
 def staying(
@@ -112,7 +114,7 @@ def staying(
     return lenders | kept | {id: f"damaged, and so left as it is: {problem}" for id, problem in bad.items()}
 
 
-def verdict(checkpoint: Kept, reasons: Mapping[str, str], keep: Keep) -> Verdict:
+def verdict(checkpoint: Kept, reasons: Mapping[str, str], keep: Keep | str) -> Verdict:
     """What becomes of ``checkpoint`` where ``reasons`` say what stays."""
     id = checkpoint.id
     why = reasons.get(id, f"not kept by {keep}")
