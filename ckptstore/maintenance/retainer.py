@@ -12,7 +12,7 @@ from ckptstore.errors import CheckpointError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.maintenance.evict import LOCK_S, evict
 from ckptstore.maintenance.lent import recorded_ids
-from ckptstore.maintenance.retire import judged, reclaim, refuse_many, retire, retired
+from ckptstore.maintenance.retire import crowded, judged, reclaim, refuse_many, retire, retired
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
 
@@ -28,7 +28,7 @@ class Retainer:
 
     Args:
         lock: keeps this process's saves away while something is removed.
-        trash_s: for how many seconds what went can be brought back, and takes up space.
+        trash_s: for how many seconds what went can be brought back, and takes up space, as far as there is room.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Retainer:
         entries, catalogue = list(self._storage.list(layout.TRASH)), self._finder.scan()
         now = time.time()
         due = retired(self._storage, catalogue, entries, now - self._trash_s if self._trash_s else float("inf"))
+        if self._keep.limit_bytes is not None:
+            due |= crowded(self._storage, catalogue, entries, self._keep.limit_bytes)
         if due:
             reclaim(self._storage, catalogue, due)
         tombs = {id: entry for entry in entries if (id := layout.record_id(entry.key)) is not None}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
-from ckptstore.engine.commit import RETIRED, tombstone_reason
+from ckptstore.engine.commit import EVICTED, RETIRED, tombstone_reason
 from ckptstore.engine.finder import Finder
 from ckptstore.errors import ExistsError, FormatError, IntegrityError
 from ckptstore.format import layout
@@ -35,7 +35,9 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
     held: dict[str, list[str]] = {}
     for name, id in names.items():
         held.setdefault(id, []).append(name)
-    trash = sum(c.stored_bytes - c.borrowed_bytes for c in catalogue.buried)
+    # What the rules let go of makes room by itself, see ``crowded``; what a person deleted doesn't.
+    by_hand = [] if keep.limit_bytes is None else _by_hand(storage, catalogue.buried)
+    trash = sum(map(_own_bytes, by_hand))
 
     def look(bad: dict[str, str]) -> Judgement:
         now = datetime.now(UTC)
@@ -44,6 +46,14 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
     first = look({})
     # Whether they are whole is worth a listing of all files only where something would go.
     return look(incomplete(storage, catalogue.checkpoints)) if first.going else first
+
+
+def _own_bytes(checkpoint: Checkpoint) -> int:
+    return checkpoint.stored_bytes - checkpoint.borrowed_bytes
+
+
+def _by_hand(storage: Storage, buried: Iterable[Checkpoint]) -> list[Checkpoint]:
+    return [c for c in buried if not (tombstone_reason(storage, c.order) or "").startswith((RETIRED, EVICTED))]
 
 
 def given_up(keep: Keep, checkpoints: Sequence[Checkpoint]) -> set[str]:
@@ -107,6 +117,26 @@ def retired(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], be
     buried_at = {layout.record_id(entry.key): entry.modified for entry in entries}
     old = [c.order for c in catalogue.buried if buried_at.get(c.order, before) <= before]
     return {id for id in old if (tombstone_reason(storage, id) or "").startswith(RETIRED)}
+
+
+def crowded(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], limit: int) -> set[CheckpointId]:
+    """The buried ones for which there is no room within ``limit`` bytes: those that the rules gave up, oldest first.
+
+    Raises:
+        StorageError: a tombstone can't be read.
+    """
+    over = sum(map(_own_bytes, (*catalogue.checkpoints, *catalogue.buried))) - limit
+    if over <= 0:
+        return set()
+    entries = list(entries)
+    buried_at = {layout.record_id(entry.key): entry.modified for entry in entries}
+    own = {c.order: _own_bytes(c) for c in catalogue.buried}
+    going: set[CheckpointId] = set()
+    for id in sorted(retired(storage, catalogue, entries, float("inf")), key=lambda id: (buried_at.get(id, 0.0), id)):
+        if over > 0:
+            going.add(id)
+            over -= own[id]
+    return going
 
 
 def reclaim(storage: Storage, before: Catalogue, ids: Collection[CheckpointId]) -> None:

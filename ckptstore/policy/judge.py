@@ -80,7 +80,8 @@ def judge(
         now: the time.
         held: the names of the holds that pin each id.
         bad: the ids that are damaged, and what is wrong with them.
-        other_bytes: what else takes up space there.
+        other_bytes: what else takes up space there and can't make room. Not what these rules let go of before: were it
+            counted, they would let go of more and more, and none of it would make room.
     """
     reasons = staying(keep, checkpoints, now=now, held=held, bad=bad, other_bytes=other_bytes)
     # Written once, not for each that goes.

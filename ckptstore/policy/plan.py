@@ -149,16 +149,19 @@ def _moments(
             trash_bytes -= trash.popleft()[1]
         going: list[Verdict] = []
         if keep is not None:
-            reasons = staying(keep, present, now=saved.created, other_bytes=trash_bytes)
+            reasons = staying(keep, present, now=saved.created)
             going = [verdict(c, reasons, keep) for c in present if c.id not in reasons]
         if going:
             present = [c for c in present if c.id in reasons]
             goes |= dict.fromkeys((each.step for each in going), saved.step)
-            freed = sum(each.own_bytes for each in going)
-            present_bytes -= freed
+            present_bytes -= sum(each.own_bytes for each in going)
             if trash_s:
-                trash.append((saved.created + timedelta(seconds=trash_s), freed))
-                trash_bytes += freed
+                until = saved.created + timedelta(seconds=trash_s)
+                trash.extend((until, each.own_bytes) for each in going)
+                trash_bytes += sum(each.own_bytes for each in going)
+        limit = None if keep is None else keep.limit_bytes
+        while trash and limit is not None and present_bytes + trash_bytes > limit:
+            trash_bytes -= trash.popleft()[1]
         time_s = None if length.step_s is None else saved.step * length.step_s
         left = present_bytes + trash_bytes
         moments.append(Moment(saved.step, saved.epoch, time_s, saved.reasons, going, len(present), peak, left, goes))

@@ -43,7 +43,7 @@ class Situation:
     Attributes:
         now: the time.
         fixed: ids that stay whatever the rules say.
-        other_bytes: what else takes up space there, as deleted checkpoints that were not reclaimed yet.
+        other_bytes: what else takes up space there and can't make room, as what a person deleted and may bring back.
     """
 
     now: datetime
@@ -60,6 +60,11 @@ class Keep(ABC):
 
     Combine two with ``|``: what either keeps stays.
     """
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """No more than that may lie there in all; None without a limit."""
+        return None
 
     @abstractmethod
     def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
@@ -81,6 +86,11 @@ class AtMost(Keep):
 
     limit: int
     written: int | str = field(compare=False)
+
+    @property
+    def limit_bytes(self) -> int:
+        """As it is written."""
+        return self.limit
 
     def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
         """As many as there is room for."""
@@ -107,6 +117,11 @@ class AnyOf(Keep):
     """Keeps what any of its parts keeps; where one of them is ``at_most``, no more than that, the least of several."""
 
     parts: tuple[Keep, ...]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The least of all parts."""
+        return min((part.limit_bytes for part in self.parts if part.limit_bytes is not None), default=None)
 
     def kept(self, checkpoints: Sequence[Kept], situation: Situation) -> Reasons:
         """What any part keeps, for the reasons of all of them."""

@@ -234,8 +234,9 @@ def at_most(size: str | int) -> AtMost:
 
     What goes is taken first where checkpoints lie densest for their age, so that those that stay lie ever further apart
     the older they are. Beside other rules what these keep comes first; where that alone is too large, it is thinned,
-    too. What always stays (the newest, held ones, what others borrow from) stays. Deleted checkpoints count until their
-    space is reclaimed.
+    too. What always stays (the newest, held and damaged ones, what others borrow from) stays. Checkpoints that a person
+    deleted count until their space is reclaimed; those that rules let go of are reclaimed as soon as their room is
+    needed.
 
     Raises:
         FormatError: no size.

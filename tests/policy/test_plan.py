@@ -108,6 +108,16 @@ def test_the_trash_takes_up_space() -> None:
     assert [moment.left_bytes for moment in plan.moments] == [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("trash_s", [20, 50, 80, 10_000])
+def test_the_trash_makes_room_within_a_limit(trash_s: float) -> None:
+    """Nothing that the rules keep goes because of what went before, and all together take no more than the limit."""
+    keep, length = cs.last(3) | cs.epochs() | cs.at_most(20), Length.of(600, 4, step_s=1.0)
+    plan = cs.foresee(cs.every(steps=10), keep, length, checkpoint_bytes=1, trash_s=trash_s)
+    assert [moment.left_bytes for moment in plan.moments] == [min(saved, 20) for saved in range(1, 61)]
+    assert {150, 300, 450, 580, 590, 600} <= {v.step for v in plan.final if v.stays}
+    assert plan.moments[-1].count == 20
+
+
 def test_without_a_total_there_is_no_plan() -> None:
     with pytest.raises(cs.FormatError, match="needs to know how long the run is"):
         cs.foresee(cs.every(steps=10), cs.last(2), Length(), checkpoint_bytes=1)
