@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -50,6 +51,25 @@ def test_saves_by_hand_shift_nothing(given: tuple[Schedule, Length], by_hand: se
     schedule, length = given
     run = Run(schedule, length).on(range(length.require_total("it") + 1), by_hand=by_hand)
     assert run.saved == whole(schedule, length).saved
+
+
+@given(scheduled())
+def test_an_epoch_that_is_over_after_its_last_step(given: tuple[Schedule, Length]) -> None:
+    """A trainer asks after the step, and again at the same one when the epoch is over: nothing is due twice."""
+    schedule, length = given
+    past, saves, before = Past(), [], 0
+    for step in range(length.require_total("it") + 1):
+        over = progress(step, length)
+        for now in [replace(over, epoch=before), *([over] if over.epoch > before else [])]:
+            reasons = schedule.due(now, past, length)
+            past = past.decided(now)
+            if reasons:
+                past = past.saved(now, reasons)
+                saves.append((step, reasons))
+        before = over.epoch
+    assert sorted({step for step, _ in saves}) == schedule.steps(length=length)
+    given_twice = [(step, reason) for step, reasons in saves for reason in reasons]
+    assert len(given_twice) == len(set(given_twice))
 
 
 @given(scheduled(), st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)), max_size=4))
