@@ -196,6 +196,18 @@ def test_many_at_once_need_a_person() -> None:
     assert judge(cs.last(19), many, now=NOW).needs_force == "21 of 40 checkpoints would go at once"
 
 
+def test_why_one_stays() -> None:
+    """By its place among the best, and for all reasons."""
+    history = with_losses({1: 0.3, 2: 0.1, 3: 0.4, 4: 0.2})
+    judgement = judge(cs.best("loss", 3) | cs.last(2), history, now=NOW, held={"step 3": ["b", "a"]})
+    assert [verdict.why for verdict in judgement.verdicts] == [
+        "3rd best loss",
+        "the best loss",
+        "one of the newest 2, held as a, b",
+        "2nd best loss, one of the newest 2",
+    ]
+
+
 def test_why_one_goes() -> None:
     """Names the rules that don't keep it."""
     rules: list[Keep] = [cs.last(1), cs.milestones(), cs.tagged("final"), cs.within("1d")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import reduce
+from itertools import pairwise
 from operator import or_
 
 from hypothesis import given
@@ -75,6 +76,40 @@ def test_what_fits_stays_beside_what_the_rules_keep(history: list[Foreseen], rul
         assert wanted <= there
     else:
         assert there <= wanted
+
+
+def test_what_the_rules_keep_is_thinned_to_the_limit() -> None:
+    """By itself: what they don't keep has no part in it, and as many stay as there is room for."""
+    history = [saved(step, reasons=["paper"] if step < 5 else []) for step in range(1, 11)]
+    assert steps(cs.tagged("paper") | cs.at_most(3), history) == [2, 4, 10]
+
+
+def test_what_damaged_ones_borrow_takes_up_space() -> None:
+    """It can't make room, so that something else has to."""
+    history = [
+        saved(1, id="lender", stored_bytes=5),
+        saved(50, stored_bytes=3),
+        saved(60, id="bad", stored_bytes=1, lenders=("lender",)),
+        saved(100),
+    ]
+    assert steps(cs.at_most(7), history, bad={"bad": "torn"}) == [1, 60, 100]
+    assert steps(cs.at_most(10), history, bad={"bad": "torn"}) == [1, 50, 60, 100]
+
+
+@given(histories(lend=False), st.integers(1, 30))
+def test_the_smallest_gap_for_its_age_goes_first(history: list[Foreseen], limit: int) -> None:
+    """One after the other, each judged by those that are left then."""
+    places = [history[0].step]
+    for one, later in pairwise(history):
+        places.append(places[-1] + max(1, abs(later.step - one.step)))
+    left = list(range(len(history)))
+    while len(left) > 1 and sum(history[index].stored_bytes for index in left) > limit:
+        gaps = [
+            (places[after] - (places[left[number - 1]] if number else 0)) / (places[-1] - places[index])
+            for number, (index, after) in enumerate(pairwise(left))
+        ]
+        del left[gaps.index(min(gaps))]
+    assert staying(cs.at_most(limit), history) == [history[index] for index in left]
 
 
 @given(histories(), combined(SIZES, most=3), combined(LASTING, most=2))

@@ -125,6 +125,13 @@ def test_a_best_of_zero_and_a_worse_one() -> None:
     assert Run(cs.on_best("loss"), Length.of(4)).on(range(5), metrics=metrics).steps == [1, 3]
 
 
+def test_the_best_of_each_metric_is_remembered() -> None:
+    """Also of one that was not reported when another was saved."""
+    metrics = {1: {"loss": 1.0}, 2: {"acc": 0.5}, 3: {"loss": 2.0}, 4: {"acc": 0.4}, 5: {"loss": 0.5, "acc": 0.6}}
+    run = Run(cs.on_best("loss") | cs.on_best("acc"), Length.of(5)).on(range(6), metrics=metrics)
+    assert run.saved == [(1, ["best loss"]), (2, ["best acc"]), (5, ["best loss", "best acc"])]
+
+
 def test_what_depends_on_more_than_steps_is_named_and_left_out() -> None:
     """Tokens, time and metrics; also where such a part stands alone."""
     open_ended = [cs.milestones("1M", of="tokens"), cs.milestones("1M"), cs.every(tokens="1K"), cs.every(minutes=1)]
