@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ckptstore.errors import FormatError
 from ckptstore.policy.progress import Length
 from ckptstore.policy.retention import Keep
 from ckptstore.policy.schedule import Schedule
+
+if TYPE_CHECKING:
+    from ckptstore.store import Store
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,27 @@ class Config:
     checkpoint_bytes: int | None = None
     notes: Sequence[str] = ()
     source: str = "config"
+
+    def open(self, *, read_only: bool = False) -> Store:
+        """The store that it describes, with its backups, its rules and its compression.
+
+        Raises:
+            FormatError: it doesn't say where.
+            StorageError, NotFoundError: as ``ckptstore.open``.
+        """
+        from ckptstore.store import open
+
+        if self.storage is None:
+            raise FormatError(f"{self.source} doesn't say where checkpoints lie: give it a line as storage: runs/gpt2")
+        return open(
+            self.storage,
+            storage_options=self.storage_options or None,
+            backup=self.backup,
+            backup_options=self.backup_options or None,
+            durable=self.durable,
+            keep=self.keep,
+            # With a backup what goes lies there, and without rules nothing goes.
+            trash=self.trash_s if self.trash_s and self.keep is not None and not self.backup else None,
+            read_only=read_only,
+            compression=self.compression,
+        )

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 import numpy as np
@@ -65,7 +65,7 @@ class BufferPool:
             self._changed.wait_for(lambda: len(self._free) + self._unallocated >= count)
             while len(self._free) < count:
                 # Counted only when it is there: memory may lack.
-                self._free.append(_allocated())
+                self._free.append(_in_huge_pages())
                 self._unallocated -= 1
             return [self._free.pop() for _ in range(count)]
 
@@ -131,8 +131,23 @@ class StagingArea:
             self._free.clear()
 
 
-def _allocated() -> Buffer:
+def _in_huge_pages() -> Buffer:
+    """A buffer that is moved through again and again: with few pages, that costs a tenth less.
+
+    Its memory is private, as pages of shared memory are small everywhere: where the process forks, the child's side of
+    what is written to here after that takes as much memory again. That is little, as opposed to copies of a state.
+    """
+    buffer = _allocated(private=True)
+    # Without an effect where it isn't known.
+    with suppress(AttributeError, OSError):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def _allocated(*, private: bool = False) -> Buffer:
     try:
+        if private:
+            return mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return mmap.mmap(-1, BLOCK_BYTES)
     except OSError as error:
         raise StorageError(
@@ -148,7 +163,7 @@ def _forget_all() -> None:
         holder.forget()
 
 
-# The maps stay shared with a forked child: what it loads would overwrite the blocks that its parent is saving.
+# Copies of the state stay shared with a forked child: what it saves would overwrite what its parent is saving.
 os.register_at_fork(after_in_child=_forget_all)
 
 

@@ -73,8 +73,10 @@ def test_a_buffer_that_cant_be_had_is_not_counted(monkeypatch: pytest.MonkeyPatc
     refused = []
 
     class Full:
+        MAP_PRIVATE, MAP_ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_ANONYMOUS
+
         @staticmethod
-        def mmap(*args: Any) -> mmap.mmap:
+        def mmap(*args: Any, **flags: Any) -> mmap.mmap:
             refused.append(args)
             raise OSError(12, "Cannot allocate memory")
 
