@@ -70,7 +70,11 @@ def init(path: str, yes: bool, force: bool, as_json: bool) -> None:
     if as_json:
         emit({"written": path, "config": data})
     else:
-        answer(f"wrote {path}", f"it is read with: ckptstore.config.load({path!r})")
+        answer(
+            f"wrote {path}",
+            f"see what it saves and keeps: ckptstore plan {path}",
+            f"it is read with: ckptstore.config.load({path!r})",
+        )
 
 
 def _at_terminal() -> bool:

@@ -255,7 +255,7 @@ def test_prune_drops_the_uploads_of_killed_saves(open_store: Open, raw: BucketRa
 
 @contextmanager
 def requests_of(store: Store) -> Any:
-    """The requests that ``store`` sends meanwhile: (operation, headers in lower case)."""
+    """The requests that ``store`` makes meanwhile, whoever sends them: (operation, headers in lower case)."""
     assert isinstance(store._storage, S3Storage)
     events = store._storage._client._fs.s3.meta.events
     sent: list[tuple[str, dict[str, str]]] = []
@@ -267,11 +267,11 @@ def requests_of(store: Store) -> Any:
         }
         sent.append((event_name.rpartition(".")[2], headers))
 
-    events.register("before-send.s3", note)
+    events.register("before-sign.s3", note)
     try:
         yield sent
     finally:
-        events.unregister("before-send.s3", note)
+        events.unregister("before-sign.s3", note)
 
 
 def everything(store: Store) -> None:

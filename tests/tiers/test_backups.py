@@ -246,8 +246,8 @@ def test_what_can_t_be_is_said_before_anything_is_written(primary: Path, backup:
         cs.open(primary, durable="backup")
     with pytest.raises(cs.FormatError, match="'primary' or 'backup'"):
         cs.open(primary, backup=backup, durable="both")  # type: ignore[arg-type]
-    with pytest.raises(cs.FormatError, match="needs a backup=URL"):
-        cs.open(primary, keep=cs.last(2))
+    with pytest.raises(cs.FormatError, match="lies in the backup"):
+        cs.open(primary, backup=backup, keep=cs.last(2), trash="1h")
     with cs.open(primary) as store, pytest.raises(cs.FormatError, match="backup=URL"):
         store.save(state(0), step=0, durable="backup")
     assert not primary.exists()

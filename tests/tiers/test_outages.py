@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import ckptstore.store
 from ckptstore.engine import backups as backups_module
 from ckptstore.errors import (
     CheckpointError,
@@ -25,7 +24,7 @@ from ckptstore.errors import (
     StorageFullError,
     UnavailableError,
 )
-from ckptstore.maintenance import replicate
+from ckptstore.maintenance import replicate, retainer
 from ckptstore.maintenance.evict import evict
 from ckptstore.policy.rules import last
 from ckptstore.store import Store
@@ -341,7 +340,7 @@ def test_making_room_waits_for_no_save_that_waits_for_a_copy(monkeypatch: pytest
     with opened_with(primary, backup, keep=last(1), durable="backup") as store:
         from ckptstore.engine.facts import Facts
 
-        monkeypatch.setattr(ckptstore.store, "evict", slow)
+        monkeypatch.setattr(retainer, "evict", slow)
         save(store, 1)
         save(store, 2)
         store._dispatcher.save(state(content(3), on_read=on_read), Facts(3, None, {}, {}, []), "backup")
