@@ -254,8 +254,11 @@ def test_prune_drops_the_uploads_of_killed_saves(open_store: Open, raw: BucketRa
 
 
 @contextmanager
-def requests_of(store: Store) -> Any:
-    """The requests that ``store`` makes meanwhile, whoever sends them: (operation, headers in lower case)."""
+def requests_of(store: Store, event: str = "before-sign") -> Any:
+    """The requests that ``store`` makes meanwhile, whoever sends them: (operation, headers in lower case).
+
+    "before-send" shows what signing adds, and only those that the event loop sends.
+    """
     assert isinstance(store._storage, S3Storage)
     events = store._storage._client._fs.s3.meta.events
     sent: list[tuple[str, dict[str, str]]] = []
@@ -267,11 +270,11 @@ def requests_of(store: Store) -> Any:
         }
         sent.append((event_name.rpartition(".")[2], headers))
 
-    events.register("before-sign.s3", note)
+    events.register(f"{event}.s3", note)
     try:
         yield sent
     finally:
-        events.unregister("before-sign.s3", note)
+        events.unregister(f"{event}.s3", note)
 
 
 def everything(store: Store) -> None:
@@ -332,7 +335,7 @@ def test_a_session_token_is_sent_and_never_told(open_store: Open) -> None:
     """This server knows none, so that it refuses; what it was sent is seen before."""
     with (
         open_store(also={"token": "geheim-4711"}) as store,
-        requests_of(store) as sent,
+        requests_of(store, "before-send") as sent,
         pytest.raises(cs.CheckpointError) as caught,
     ):
         store.save(tensors(1), step=1)
