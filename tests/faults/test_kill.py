@@ -93,11 +93,17 @@ def test_killed_at_any_time_with_several_threads(
     duration_s = time.perf_counter() - begin
     killed, tries = 0, 100 if full else 8
 
-    for number in range(tries):
+    for number in range(4 * tries):
+        if number >= tries and killed >= tries // 4:
+            break
         after_s = choose.uniform(0.1, 1) * duration_s
         path = base.copy(tmp_path)
         with named(operation, f"try {number}", f"{after_s:.4f} s"):
+            begin = time.perf_counter()
             result = worker.run(path, base.operation, NEW, threads=4, large=True, dies_after_s=after_s)
+            if result.status == 0:
+                # The machine was busy when it was timed: it takes no longer than this.
+                duration_s = min(duration_s, time.perf_counter() - begin)
             assert result.status in (0, -signal.SIGALRM)
             killed += result.status != 0
             check_after_death(result, path, base, large=True)
