@@ -366,10 +366,11 @@ class Store(View):
     def _retire(self, keep: Keep, *, force: bool) -> list[str]:
         if self._replicators:
             raise FormatError("prune(keep=…) deletes, in this place only; open the store without its backups for that")
-        judgement = judged(self._storage, self._finder.scan(), keep)
+        catalogue = self._finder.scan()
+        judgement = judged(self._storage, catalogue, keep)
         if not force:
             refuse_many(judgement, self.url, keep)
-        return retire(self._storage, self._finder, judgement, keep)
+        return retire(self._storage, catalogue, judgement, keep)
 
 
 def open(

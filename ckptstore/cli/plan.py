@@ -199,7 +199,7 @@ def _asked(
 def _epoch_plan(configured: Schedule | None, shape: Mapping[str, Any]) -> Schedule:
     """The plan of the options, and for the rest of what the config has."""
     from ckptstore.policy.epochs import EpochPlan, epoch_plan
-    from ckptstore.policy.room import parts_of
+    from ckptstore.policy.schedule import parts_of
 
     parts = [] if configured is None else parts_of(configured)
     base = next((part for part in parts if isinstance(part, EpochPlan)), epoch_plan())
@@ -236,8 +236,8 @@ def _check_known(asked: Asked) -> None:
         CommandError: which options are missing.
     """
     from ckptstore.policy.epochs import EpochPlan
-    from ckptstore.policy.retention import AtMost
-    from ckptstore.policy.room import parts_of, rules_of
+    from ckptstore.policy.retention import AtMost, rules_of
+    from ckptstore.policy.schedule import parts_of
     from ckptstore.policy.steps import Every
 
     length = asked.length
@@ -297,7 +297,7 @@ def _write(config: Config, path: str, output: str | None, asked: Asked, made: Pl
         CommandError: what is written couldn't be read again.
     """
     from ckptstore.config import write_steps
-    from ckptstore.policy.room import parts_of
+    from ckptstore.policy.schedule import parts_of
 
     steps = [moment.step for moment in made.moments]
     total = config.run.length().total_steps

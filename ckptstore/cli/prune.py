@@ -62,7 +62,9 @@ def prune(
     if dry_run:
         with looking(url) as (store, _):
             judgement = store.judge(rules) if rules is not None else None
-            report = store.prune(grace_s=grace, keep=rules, dry_run=True)
+            report = store.prune(grace_s=grace, dry_run=True)
+        if judgement is not None:
+            report = report.after([verdict.id for verdict in judgement.going])
     else:
         judgement = None
         with changing(url) as store:

@@ -44,19 +44,15 @@ class Claim:
         Raises:
             StaleWriterError: a newer writer owns the store.
         """
+        just_taken = False
         if self._store is None or self.number is None or self._shared:
-            before = self.number
+            just_taken = self.number is None
             self._store, self.number = self._take(scan())
-            if before is None and not self._shared:
-                # Just taken: it is the newest.
-                return self._store, self._next(step)
-        self.check_fence()
-        return self._store, self._next(step)
-
-    def _next(self, step: int) -> CheckpointId:
-        assert self.number is not None
+        if not just_taken:
+            # One that was just taken is the newest.
+            self.check_fence()
         self._sequence += 1
-        return layout.new_id(self.number, self._sequence, step)
+        return self._store, layout.new_id(self.number, self._sequence, step)
 
     def check_fence(self) -> None:
         """Nothing, as long as no newer writer has claimed the store (StaleWriterError)."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from ckptstore.engine.background import Background, SaveHandle
@@ -100,10 +101,13 @@ class Dispatcher:
             # Again: capturing takes time, in which another thread may have closed the store.
             self._check_writable()
             try:
-                seen: list[Catalogue] = []
-                store, id = self.claim.next_id(step, lambda: self._seen(seen))
+                # Looked at once, for both.
+                view = cache(self._finder.view)
+                store, id = self.claim.next_id(step, view)
                 if self._lender is None and not self._shared:
-                    self._lender = self._earlier_lender(stage, step, seen)
+                    # Only from what lies here can anything be borrowed.
+                    own = self._finder.scan if self._finder.backups else view
+                    self._lender = self._earlier_lender(stage, step, own)
             except StorageError as error:
                 message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
                 raise SaveFailedError(message, step=step) from error
@@ -112,16 +116,9 @@ class Dispatcher:
             self._lender = saver.save(id, job, stage)
             return Checkpoint.of(self._lender.record)
 
-    def _seen(self, seen: list[Catalogue]) -> Catalogue:
-        """The store as it is now; noted in ``seen``, where it shows nothing of backups."""
-        found = self._finder.view()
-        if not self._finder.backups:
-            seen.append(found)
-        return found
-
-    def _earlier_lender(self, stage: Stage, step: int, seen: Sequence[Catalogue]) -> Lender | None:
-        """The newest checkpoint of an earlier process, if its files may be of use. ``seen``: what is known already."""
-        checkpoints = (seen[0] if seen else self._finder.scan()).checkpoints
+    def _earlier_lender(self, stage: Stage, step: int, scan: Callable[[], Catalogue]) -> Lender | None:
+        """The newest checkpoint of an earlier process, if its files may be of use."""
+        checkpoints = scan().checkpoints
         latest = checkpoints[-1] if checkpoints else None
         if latest is None:
             return None

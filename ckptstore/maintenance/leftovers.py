@@ -32,6 +32,11 @@ class Leftover:
         """The id, taken apart."""
         return layout.try_id(self.id) if self.id else None
 
+    @property
+    def name(self) -> str:
+        """The id, or else the first of the keys."""
+        return self.id or self.keys[0]
+
 
 def find_leftovers(entries: Iterable[Entry], catalogue: Catalogue, lent: Lent) -> tuple[list[Leftover], list[str]]:
     """What can be collected, by id, and what is not ckptstore's at all.

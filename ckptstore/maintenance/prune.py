@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from ckptstore.engine.catalogue import Cache, Catalogue, scan
+from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, scan
 from ckptstore.engine.commit import condemn, read_store, writers
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.maintenance.keep import is_buried
-from ckptstore.maintenance.leftovers import find_leftovers
+from ckptstore.maintenance.leftovers import Leftover, find_leftovers
 from ckptstore.maintenance.lent import Lent, recorded_ids
+from ckptstore.policy.thin import own_bytes
 from ckptstore.storage.base import Entry, Storage, is_key
 
 TOMBSTONE_S = 30 * 24 * 3600.0
@@ -58,20 +59,17 @@ def preview(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_write
     Raises:
         StorageError: something can't be listed or read.
     """
-    entries, now = list(storage.list("")), time.time()
+    entries, now = storage.list(""), time.time()
     lent = Lent(storage, catalogue)
-    buried_at = {layout.record_id(entry.key): entry.modified for entry in entries if entry.key.startswith(layout.TRASH)}
-    due = [c for c in catalogue.buried if buried_at.get(c.order, now) < now - grace_s and not lent.is_unknown(c.order)]
-    copying = {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
+    due = list(_due(catalogue, entries, lent, now - grace_s))
+    graves, copying = _graves(entries), _copying(entries)
     grace = _Grace.of(storage, now, grace_s, own_writer, copying)
-    removed, spared, freed = [], [], sum(c.stored_bytes - c.borrowed_bytes for c in due)
+    removed, spared, freed = [], [], sum(map(own_bytes, due))
     for leftover in find_leftovers(entries, catalogue, lent)[0]:
-        id, name = leftover.order, leftover.id or leftover.keys[0]
-        dead = id is not None and id in buried_at
-        if (not dead and grace.covers(id, leftover.modified)) or grace.is_copied(id):
-            spared.append(name)
+        if grace.spares(leftover, graves):
+            spared.append(leftover.name)
         else:
-            removed.append(name)
+            removed.append(leftover.name)
             freed += leftover.stored_bytes
     return PruneReport(removed, [c.id for c in due], spared, freed, [])
 
@@ -91,23 +89,21 @@ def prune(storage: Storage, catalogue: Catalogue, *, grace_s: float, own_writer:
     # Only now, when the records are gone, do the commits tell what may be removed: see Lent.
     catalogue = settled(storage, catalogue)
     leftovers, _ = find_leftovers(entries, catalogue, Lent(storage, catalogue))
-    graves = {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
-    copying = {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
+    graves, copying = _graves(entries), _copying(entries)
     grace = _Grace.of(storage, now, grace_s, own_writer, copying)
     removed, spared, freed = [], [], 0
     for leftover in leftovers:
-        id, name = leftover.order, leftover.id or leftover.keys[0]
-        # With a tombstone it was committed once: no save can be running, and its fate is decided.
+        id = leftover.order
         dead = id is not None and id in graves
-        if (not dead and grace.covers(id, leftover.modified)) or grace.is_copied(id):
-            spared.append(name)
+        if grace.spares(leftover, graves):
+            spared.append(leftover.name)
         elif dead or _condemned(storage, catalogue, id):
             storage.delete(leftover.keys)
             freed += leftover.stored_bytes
             if id is not None and dead:
                 reclaimed.add(id)
             else:
-                removed.append(name)
+                removed.append(leftover.name)
     uploads = _drop_uploads(storage, catalogue, graves, grace)
     _forget(storage, catalogue, entries, now - TOMBSTONE_S)
     _forget_copies(storage, copying, now - grace.seconds, spared)
@@ -141,6 +137,13 @@ class _Grace:
         stale = stale and id not in self.copying
         return self.now - modified < self.seconds and not (stale and self.certain)
 
+    def spares(self, leftover: Leftover, graves: Set[CheckpointId | None]) -> bool:
+        """Whether ``leftover`` has to be waited for; ``graves`` are the ids that have a tombstone."""
+        id = leftover.order
+        # With a tombstone it was committed once: no save can be running, and its fate is decided.
+        dead = id is not None and id in graves
+        return (not dead and self.covers(id, leftover.modified)) or self.is_copied(id)
+
     def is_copied(self, id: CheckpointId | None) -> bool:
         """Whether somebody may be copying ``id``, or what borrows from it, to here."""
         return id is not None and self.now - self.copying.get(id, 0.0) < self.seconds
@@ -167,19 +170,33 @@ def _remove_records(
     storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], before: float
 ) -> set[CheckpointId]:
     """Take away the commit records of what was buried ``before``, and with them the way back."""
-    buried_at = {entry.key: entry.modified for entry in entries}
-    lent = Lent(storage, catalogue)
     removed = set()
-    for checkpoint in catalogue.buried:
-        id = checkpoint.order
-        if buried_at.get(layout.tombstone_key(id), before) >= before or lent.is_unknown(id):
-            continue
+    for checkpoint in _due(catalogue, entries, Lent(storage, catalogue), before):
         # An undelete after this look removes its tombstone, finds no record, and says that it came too late.
         if is_buried(storage, checkpoint):
             # First and durably: a crash then leaves files without a record, never half a checkpoint.
-            storage.delete([layout.commit_key(id)])
-            removed.add(id)
+            storage.delete([layout.commit_key(checkpoint.order)])
+            removed.add(checkpoint.order)
     return removed
+
+
+def _due(catalogue: Catalogue, entries: Iterable[Entry], lent: Lent, before: float) -> Iterator[Checkpoint]:
+    """What was buried ``before`` and can be reclaimed."""
+    buried_at = {entry.key: entry.modified for entry in entries}
+    for checkpoint in catalogue.buried:
+        id = checkpoint.order
+        if buried_at.get(layout.tombstone_key(id), before) < before and not lent.is_unknown(id):
+            yield checkpoint
+
+
+def _graves(entries: Iterable[Entry]) -> set[CheckpointId | None]:
+    """The ids that have a tombstone."""
+    return {layout.record_id(entry.key) for entry in entries if entry.key.startswith(layout.TRASH)}
+
+
+def _copying(entries: Iterable[Entry]) -> dict[CheckpointId, float]:
+    """When somebody began to copy each id that is marked so."""
+    return {id: entry.modified for entry in entries if (id := layout.copying_id(entry.key))}
 
 
 def settled(storage: Storage, catalogue: Catalogue) -> Catalogue:

@@ -74,9 +74,11 @@ class Retainer:
             self._tell(error)
 
     def _retire(self) -> None:
-        judgement = judged(self._storage, self._finder.scan(), self._keep)
+        catalogue = self._finder.scan()
+        judgement = judged(self._storage, catalogue, self._keep)
         refuse_many(judgement, self._storage.url, self._keep)
-        retire(self._storage, self._finder, judgement, self._keep)
+        if not retire(self._storage, catalogue, judgement, self._keep) and not catalogue.graves:
+            return
         # Listed after burying: what is reclaimed at once is in it.
         entries, catalogue = list(self._storage.list(layout.TRASH)), self._finder.scan()
         now = time.time()
@@ -85,10 +87,9 @@ class Retainer:
             due |= crowded(self._storage, catalogue, entries, self._keep.limit_bytes)
         if due:
             reclaim(self._storage, catalogue, due)
-        tombs = {id: entry for entry in entries if (id := layout.record_id(entry.key)) is not None}
-        over = [id for id, entry in tombs.items() if entry.modified < now - _TOMBSTONE_S]
-        own = {id for id in over if id.writer == self._claim.number} - recorded_ids(catalogue) - due
-        self._storage.delete([tombs[id].key for id in sorted(own)])
+        old = {layout.record_id(entry.key) for entry in entries if entry.modified < now - _TOMBSTONE_S}
+        own = {id for id in old if id is not None and id.writer == self._claim.number}
+        self._storage.delete([layout.tombstone_key(id) for id in sorted(own - recorded_ids(catalogue) - due)])
 
     def _tell(self, error: CheckpointError) -> None:
         if str(error) != self._told:

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
 from ckptstore.engine.commit import EVICTED, RETIRED, tombstone_reason
-from ckptstore.engine.finder import Finder
 from ckptstore.errors import ExistsError, FormatError, IntegrityError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
@@ -17,6 +16,7 @@ from ckptstore.maintenance.lent import Lent
 from ckptstore.maintenance.prune import settled
 from ckptstore.policy.judge import Judgement, judge
 from ckptstore.policy.retention import Keep
+from ckptstore.policy.thin import own_bytes
 from ckptstore.storage.base import Entry, Storage
 
 
@@ -37,7 +37,7 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
         held.setdefault(id, []).append(name)
     # What the rules let go of makes room by itself, see ``crowded``; what a person deleted doesn't.
     by_hand = [] if keep.limit_bytes is None else _by_hand(storage, catalogue.buried)
-    trash = sum(map(_own_bytes, by_hand))
+    trash = sum(map(own_bytes, by_hand))
 
     def look(bad: dict[str, str]) -> Judgement:
         now = datetime.now(UTC)
@@ -46,10 +46,6 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
     first = look({})
     # Whether they are whole is worth a listing of all files only where something would go.
     return look(incomplete(storage, catalogue.checkpoints)) if first.going else first
-
-
-def _own_bytes(checkpoint: Checkpoint) -> int:
-    return checkpoint.stored_bytes - checkpoint.borrowed_bytes
 
 
 def _by_hand(storage: Storage, buried: Iterable[Checkpoint]) -> list[Checkpoint]:
@@ -77,7 +73,7 @@ def incomplete(storage: Storage, checkpoints: Sequence[Checkpoint]) -> dict[str,
             data[id] = data.get(id, 0) + entry.size
     found = {}
     for c in checkpoints:
-        own = c.stored_bytes - c.borrowed_bytes
+        own = own_bytes(c)
         if manifests.get(c.order) != c.record.manifest.size:
             found[c.id] = "its manifest is missing or incomplete"
         elif data.get(c.order, 0) != own:
@@ -87,8 +83,8 @@ def incomplete(storage: Storage, checkpoints: Sequence[Checkpoint]) -> dict[str,
     return found
 
 
-def retire(storage: Storage, finder: Finder, judgement: Judgement, keep: Keep) -> list[str]:
-    """Bury what doesn't stay by ``judgement``: it no longer exists, and can be brought back until it is reclaimed.
+def retire(storage: Storage, catalogue: Catalogue, judgement: Judgement, keep: Keep) -> list[str]:
+    """Bury what doesn't stay by ``judgement`` of ``catalogue``. It can be brought back until it is reclaimed.
 
     Returns:
         The ids; one that is held by now, or was deleted by somebody else, is not among them.
@@ -96,15 +92,14 @@ def retire(storage: Storage, finder: Finder, judgement: Judgement, keep: Keep) -
     Raises:
         StorageError: the storage failed; what is buried by then stays so.
     """
-    there = {c.id: c for c in finder.scan().checkpoints}
+    there = {c.id: c for c in catalogue.checkpoints}
     buried = []
     for verdict in judgement.going:
-        if verdict.id in there:
-            try:
-                bury(storage, there[verdict.id], f"{RETIRED}{keep}")
-            except ExistsError:
-                continue
-            buried.append(verdict.id)
+        try:
+            bury(storage, there[verdict.id], f"{RETIRED}{keep}")
+        except ExistsError:
+            continue
+        buried.append(verdict.id)
     return buried
 
 
@@ -125,12 +120,12 @@ def crowded(storage: Storage, catalogue: Catalogue, entries: Iterable[Entry], li
     Raises:
         StorageError: a tombstone can't be read.
     """
-    over = sum(map(_own_bytes, (*catalogue.checkpoints, *catalogue.buried))) - limit
+    over = sum(map(own_bytes, (*catalogue.checkpoints, *catalogue.buried))) - limit
     if over <= 0:
         return set()
     entries = list(entries)
     buried_at = {layout.record_id(entry.key): entry.modified for entry in entries}
-    own = {c.order: _own_bytes(c) for c in catalogue.buried}
+    own = {c.order: own_bytes(c) for c in catalogue.buried}
     going: set[CheckpointId] = set()
     for id in sorted(retired(storage, catalogue, entries, float("inf")), key=lambda id: (buried_at.get(id, 0.0), id)):
         if over > 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ckptstore.policy.retention import Keep, Kept, Situation, merged
+from ckptstore.policy.thin import own_bytes
 
 MANY = 20
 FEW = 3
@@ -105,7 +106,7 @@ def staying(
     newest = {c.id: "the newest good one always stays" for c in good[-1:]}
     bad_lenders = {lender for c in checkpoints if c.id in bad for lender in c.lenders}
     # What is damaged takes up space as well, and nobody can tell whether it could be less.
-    bad_bytes = sum(c.stored_bytes - c.borrowed_bytes for c in checkpoints if c.id in bad)
+    bad_bytes = sum(own_bytes(c) for c in checkpoints if c.id in bad)
     situation = Situation(now, {*always, *newest, *bad_lenders}, other_bytes + bad_bytes)
     kept = merged([keep.kept(good, situation), always])
     for id, why in newest.items():
@@ -119,4 +120,4 @@ def verdict(checkpoint: Kept, reasons: Mapping[str, str], keep: Keep | str) -> V
     """What becomes of ``checkpoint`` where ``reasons`` say what stays."""
     id = checkpoint.id
     why = reasons.get(id, f"not kept by {keep}")
-    return Verdict(id, checkpoint.step, id in reasons, why, checkpoint.stored_bytes - checkpoint.borrowed_bytes)
+    return Verdict(id, checkpoint.step, id in reasons, why, own_bytes(checkpoint))

@@ -12,10 +12,10 @@ from itertools import takewhile
 from ckptstore.errors import FormatError
 from ckptstore.policy.judge import Verdict, staying, too_many, verdict
 from ckptstore.policy.progress import Length, Past, Progress
-from ckptstore.policy.retention import Keep
-from ckptstore.policy.room import Room, parts_of, rules_of
+from ckptstore.policy.retention import Keep, rules_of
+from ckptstore.policy.room import Room
 from ckptstore.policy.rules import Best, Epochs, Within
-from ckptstore.policy.schedule import Schedule
+from ckptstore.policy.schedule import Schedule, parts_of
 
 FINAL = "final"
 """Why the last step of a run is saved, where nothing else asks for it."""

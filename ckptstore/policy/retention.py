@@ -8,16 +8,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from ckptstore.policy.thin import Thinner
+from ckptstore.policy.thin import Sized, Thinner
 
 
-class Kept(Protocol):
+class Kept(Sized, Protocol):
     """What the rules need to know of a checkpoint. Those of a store are such."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def step(self) -> int: ...
     @property
     def epoch(self) -> int | None: ...
     @property
@@ -28,12 +24,6 @@ class Kept(Protocol):
     def reasons(self) -> Sequence[str]: ...
     @property
     def created(self) -> datetime: ...
-    @property
-    def stored_bytes(self) -> int: ...
-    @property
-    def borrowed_bytes(self) -> int: ...
-    @property
-    def lenders(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ class Keep(ABC):
     def __or__(self, other: object) -> Keep:
         if not isinstance(other, Keep):
             return NotImplemented
-        return AnyOf((*_parts(self), *_parts(other)))
+        return AnyOf((*rules_of(self), *rules_of(other)))
 
     @abstractmethod
     def __str__(self) -> str:
@@ -149,5 +139,8 @@ def merged(reasons: Iterable[Reasons]) -> dict[str, str]:
     return {id: ", ".join(whys) for id, whys in found.items()}
 
 
-def _parts(keep: Keep) -> tuple[Keep, ...]:
+def rules_of(keep: Keep | None) -> tuple[Keep, ...]:
+    """What ``keep`` is combined of; nothing for None."""
+    if keep is None:
+        return ()
     return keep.parts if isinstance(keep, AnyOf) else (keep,)

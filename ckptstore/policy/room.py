@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ckptstore.policy.events import Milestones
 from ckptstore.policy.progress import Length
-from ckptstore.policy.retention import AtMost, Keep
+from ckptstore.policy.retention import AtMost, Keep, rules_of
 from ckptstore.policy.rules import Best, Epochs, EveryKept, Last, MilestonesKept
-from ckptstore.policy.schedule import Schedule
-
-
-def parts_of(save: Schedule) -> Sequence[Schedule]:
-    """What ``save`` is combined of."""
-    parts: Sequence[Schedule] = getattr(save, "parts", (save,))
-    return parts
-
-
-def rules_of(keep: Keep | None) -> Sequence[Keep]:
-    """What ``keep`` is combined of."""
-    return [] if keep is None else getattr(keep, "parts", (keep,))
+from ckptstore.policy.schedule import Schedule, parts_of
 
 
 class Room:

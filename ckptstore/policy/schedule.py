@@ -69,7 +69,7 @@ class Schedule(ABC):
     def __or__(self, other: object) -> Schedule:
         if not isinstance(other, Schedule):
             return NotImplemented
-        return AnyOf((*_parts(self), *_parts(other)))
+        return AnyOf((*parts_of(self), *parts_of(other)))
 
     @abstractmethod
     def __str__(self) -> str:
@@ -104,7 +104,8 @@ class AnyOf(Schedule):
         return " | ".join(map(str, self.parts))
 
 
-def _parts(schedule: Schedule) -> tuple[Schedule, ...]:
+def parts_of(schedule: Schedule) -> tuple[Schedule, ...]:
+    """What ``schedule`` is combined of."""
     return schedule.parts if isinstance(schedule, AnyOf) else (schedule,)
 
 

@@ -9,7 +9,9 @@ from itertools import accumulate, pairwise
 from typing import Protocol
 
 
-class _Sized(Protocol):
+class Sized(Protocol):
+    """What a checkpoint takes, and from which others it borrows."""
+
     @property
     def id(self) -> str: ...
     @property
@@ -22,6 +24,11 @@ class _Sized(Protocol):
     def lenders(self) -> Sequence[str]: ...
 
 
+def own_bytes(checkpoint: Sized) -> int:
+    """What lies in its own folder."""
+    return checkpoint.stored_bytes - checkpoint.borrowed_bytes
+
+
 class Thinner:
     """Thins ``checkpoints``, oldest first, but for those that are protected.
 
@@ -32,18 +39,18 @@ class Thinner:
     """
 
     def __init__(
-        self, checkpoints: Sequence[_Sized], protected: Collection[str], *, among: Collection[str] | None = None
+        self, checkpoints: Sequence[Sized], protected: Collection[str], *, among: Collection[str] | None = None
     ) -> None:
         self._all = checkpoints if among is None else [c for c in checkpoints if c.id in among]
         self._protected = protected
-        self._own = {c.id: c.stored_bytes - c.borrowed_bytes for c in checkpoints}
+        self._own = {c.id: own_bytes(c) for c in checkpoints}
 
     @property
     def bytes_of_protected(self) -> int:
         """What stays whatever happens."""
         return self._bytes([c for c in self._all if c.id in self._protected])
 
-    def _bytes(self, checkpoints: Sequence[_Sized]) -> int:
+    def _bytes(self, checkpoints: Sequence[Sized]) -> int:
         used = {id for c in checkpoints for id in (c.id, *c.lenders)}
         return sum(self._own.get(id, 0) for id in used)
 

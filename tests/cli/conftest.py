@@ -128,3 +128,15 @@ def flip(path: Path, offset: int) -> None:
     data[offset] ^= 0xFF
     path.write_bytes(data)
     assert path.read_bytes()[offset] == data[offset]
+
+
+def told(leader: int) -> bytes:
+    """All that is said at a pseudo terminal."""
+    seen = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            seen += chunk
+    except OSError:
+        # Linux reports the end of a terminal so.
+        pass
+    return seen

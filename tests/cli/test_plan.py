@@ -18,7 +18,7 @@ import ckptstore as cs
 from ckptstore.cli.plantimeline import GOES, STAYS, timeline
 from ckptstore.cli.texts import size_text
 from ckptstore.policy.text import parse_keep, parse_schedule
-from tests.cli.conftest import Run, environment, process
+from tests.cli.conftest import Run, environment, process, told
 
 TIERS = (
     "--save",
@@ -174,13 +174,7 @@ def at_terminal(*args: str, columns: int, terminal: bool = True, **extra: str) -
     variables = environment(TERM="xterm-256color", COLUMNS=str(columns), **extra)
     child = subprocess.Popen(command, stdout=follower, stderr=follower, env=variables)
     os.close(follower)
-    seen = b""
-    try:
-        while chunk := os.read(leader, 65536):
-            seen += chunk
-    except OSError:
-        # Linux reports the end of a terminal so.
-        pass
+    seen = told(leader)
     os.close(leader)
     assert child.wait(timeout=60) == 0
     return seen.decode().replace("\r\n", "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ckptstore
-from tests.cli.conftest import environment, interrupt, process, started
+from tests.cli.conftest import environment, interrupt, process, started, told
 
 NAMED = ("bench", "verify", "doctor", "init", "plan")
 HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors", "ruamel.yaml", "matplotlib")
@@ -108,13 +108,7 @@ def in_terminal(args: list[str], said: bytes = b"") -> tuple[int, str, bytes]:
     )
     os.close(follower)
     os.write(leader, said)
-    seen = b""
-    try:
-        while chunk := os.read(leader, 65536):
-            seen += chunk
-    except OSError:
-        # Linux reports the end of a terminal so.
-        pass
+    seen = told(leader)
     stdout, _ = child.communicate(timeout=60)
     os.close(leader)
     return child.returncode, seen.decode(), stdout
