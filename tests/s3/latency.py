@@ -41,14 +41,13 @@ class Latency:
 
     Attributes:
         gate: part of a target, and how many requests for such must be under way before the first of them goes on.
-        passed: all requests in the order of their answers.
         most: at a time.
     """
 
     def __init__(self, endpoint: str, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
         self.gate: tuple[str, int] | None = None
-        self.passed: list[Passed] = []
+        self._passed: list[Passed] = []
         self.most = self._now = 0
         self._waiting, self._open = 0, asyncio.Event()
         self._server = urlsplit(endpoint)
@@ -76,7 +75,23 @@ class Latency:
 
     def forget(self) -> None:
         """Count anew."""
-        self.passed, self.most = [], 0
+        self._settle()
+        self._passed, self.most = [], 0
+
+    @property
+    def passed(self) -> list[Passed]:
+        """All requests in the order of their answers."""
+        self._settle()
+        return self._passed
+
+    def _settle(self) -> None:
+        """Wait until what was answered is counted: a client may go on before."""
+
+        async def counted() -> None:
+            while self._now:
+                await asyncio.sleep(0.001)
+
+        asyncio.run_coroutine_threadsafe(counted(), self._loop).result(_GATE_S)
 
     def kinds(self) -> Counter[str]:
         """How many requests of each kind."""
@@ -138,7 +153,7 @@ class Latency:
         finally:
             self._now -= 1
         signed = fields.get("x-amz-content-sha256", "")
-        self.passed.append(_passed(first[0], first[1], int(status[1]), sent, got, signed))
+        self._passed.append(_passed(first[0], first[1], int(status[1]), sent, got, signed))
         return "close" not in (fields.get("connection"), answered.get("connection"))
 
     async def _pass_gate(self, target: str) -> None:
