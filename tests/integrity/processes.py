@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -140,13 +141,27 @@ def tune(url: str, results: Any, count: int, *, ready: Any, done: Any) -> None:
     told(results, work)
 
 
+def committed(url: str) -> set[str]:
+    """The names of the commit records; none while their folder, empty, has been removed."""
+    try:
+        return set(os.listdir(Path(url, "commits")))
+    except FileNotFoundError:
+        return set()
+
+
 def reap(url: str, results: Any, seed: int, *, ready: Any, done: Any) -> None:
-    """Delete checkpoints at random, the newest too, and reclaim them at once, until the saving is done: their ids."""
+    """Delete checkpoints at random, the newest too, and reclaim them at once, until the saving is done: their ids.
+
+    About two rounds for each save, however slow that is: with more, nothing would be left that a save can borrow.
+    """
 
     def work() -> list[str]:
         choose, deleted = random.Random(seed), []
         ready.wait(60)
         while not done.is_set():
+            before, waits = committed(url), choose.random() < 0.5
+            while waits and committed(url) <= before and not done.is_set():
+                time.sleep(0.001)
             with opened(url) as store:
                 for checkpoint in store.checkpoints():
                     if choose.random() < 0.3:
