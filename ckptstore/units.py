@@ -10,6 +10,7 @@ from ckptstore.errors import FormatError
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([kKMGT])(i?))?B", re.ASCII)
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([smhd])", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -48,3 +49,26 @@ def duration_text(seconds: float) -> str:
     number = seconds / _SECONDS[unit]
     # Never as 1e-05 or 1e+04, which nobody reads as a duration.
     return f"{number:.4g}{unit}" if 1e-4 <= number < 1e4 else f"{number:.9f}".rstrip("0").rstrip(".") + unit
+
+
+def size_text(count: float) -> str:
+    """Bytes in decimal units with three digits, as ``1.23 GB``."""
+    value = float(count)
+    for unit in _UNITS:
+        # 999.5 would be shown as 1000.
+        if value < 999.5 or unit == _UNITS[-1]:
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def rate_text(count: float, seconds: float) -> str:
+    """Bytes per second, as ``1.43 GB/s``."""
+    return f"{size_text(count / seconds)}/s" if seconds > 0 else "-"
+
+
+def count_text(count: int, noun: str) -> str:
+    """A number with its noun, as ``1 file`` and ``2 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -6,29 +6,26 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from ckptstore.units import count_text, rate_text, size_text
+
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint, Damage
     from ckptstore.maintenance.receipts import Lag
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-
-
-def size_text(count: float) -> str:
-    """Bytes in decimal units with three digits, as ``1.23 GB``."""
-    value = float(count)
-    for unit in _UNITS:
-        # 999.5 would be shown as 1000.
-        if value < 999.5 or unit == _UNITS[-1]:
-            break
-        value /= 1000
-    if unit == "B":
-        return f"{count:.0f} B"
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
-
-
-def rate_text(count: float, seconds: float) -> str:
-    """Bytes per second, as ``1.43 GB/s``."""
-    return f"{size_text(count / seconds)}/s" if seconds > 0 else "-"
+__all__ = [
+    "checkpoint_fields",
+    "count_text",
+    "damage_fields",
+    "holds_of",
+    "lag_fields",
+    "lag_text",
+    "metrics_text",
+    "one_line",
+    "rate_text",
+    "short_ids",
+    "size_text",
+    "time_text",
+]
 
 
 def time_text(created: datetime) -> str:
@@ -39,11 +36,6 @@ def time_text(created: datetime) -> str:
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Metrics in a row, as ``val_loss 3.1, acc 0.52``."""
     return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-
-
-def count_text(count: int, noun: str) -> str:
-    """A number with its noun, as ``1 file`` and ``2 files``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(checkpoint: Checkpoint) -> str:
