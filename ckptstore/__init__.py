@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ckptstore.maintenance.prune import PruneReport
     from ckptstore.maintenance.receipts import Lag
     from ckptstore.maintenance.verify import VerifyReport
+    from ckptstore.opening import open
     from ckptstore.policy.budget import budget
     from ckptstore.policy.epochs import epoch_plan
     from ckptstore.policy.events import on_best
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from ckptstore.state.registry import register_type
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
-    from ckptstore.store import Store, open
+    from ckptstore.store import Store
 
 __version__ = "0.1.0"
 
@@ -123,6 +124,7 @@ _HOMES = {
     "ckptstore.maintenance.receipts": ("Lag",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
     "ckptstore.engine.background": ("SaveHandle", "TornReadWarning"),
+    "ckptstore.opening": ("open",),
     "ckptstore.policy.budget": ("budget",),
     "ckptstore.policy.epochs": ("epoch_plan",),
     "ckptstore.policy.events": ("on_best",),
@@ -135,7 +137,7 @@ _HOMES = {
     "ckptstore.state.staging": ("fence",),
     "ckptstore.state.registry": ("register_type",),
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
-    "ckptstore.store": ("Store", "open"),
+    "ckptstore.store": ("Store",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

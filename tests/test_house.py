@@ -25,6 +25,7 @@ ROWS = [
     {"maintenance"},
     {"view"},
     {"store"},
+    {"opening"},
     {"config", "trainer", "tools"},
     {"integrations", "cli"},
 ]

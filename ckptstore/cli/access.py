@@ -27,7 +27,7 @@ def looking(url: str, backups: Sequence[str] = ()) -> Iterator[tuple[Store, Cata
     Raises:
         CommandError: there is none. A checkpoint that is missing in a store is another thing.
     """
-    from ckptstore.store import open
+    from ckptstore.opening import open
 
     try:
         store = open(url, backup=backups, read_only=True)
@@ -45,7 +45,7 @@ def changing(url: str, backups: Sequence[str] = ()) -> Iterator[Store]:
     Raises:
         CommandError: there is none.
     """
-    from ckptstore.store import open
+    from ckptstore.opening import open
 
     with looking(url, backups):
         pass

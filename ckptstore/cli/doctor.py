@@ -96,7 +96,7 @@ def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:
 
 def _lags(url: str) -> list[Lag]:
     """How far the backups of the store at ``url`` are behind, if there is one."""
-    from ckptstore.store import open
+    from ckptstore.opening import open
 
     try:
         with open(url, read_only=True) as store:

@@ -100,7 +100,7 @@ class Config:
             FormatError: it doesn't say where.
             StorageError, NotFoundError: as ``ckptstore.open``.
         """
-        from ckptstore.store import open
+        from ckptstore.opening import open
 
         if self.storage is None:
             raise FormatError(f"{self.source} doesn't say where checkpoints lie: give it a line as storage: runs/gpt2")

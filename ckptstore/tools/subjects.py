@@ -76,7 +76,7 @@ class CkptStore:
         self._store: Store | None = None
 
     def __enter__(self) -> Self:
-        from ckptstore.store import open
+        from ckptstore.opening import open
 
         self._store = open(self.place)
         return self

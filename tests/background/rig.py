@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-import ckptstore.store  # noqa: F401 - modules that take the size of a block at import must not see the small one
+import ckptstore.opening  # noqa: F401 - modules that take the size of a block at import must not see the small one
 from ckptstore.engine import plan
 from ckptstore.format import tensorfile
 from ckptstore.state import staging

@@ -136,7 +136,7 @@ def test_whatever_is_raised_becomes_one_line(
         calls.append(args)
         raise raised
 
-    monkeypatch.setattr("ckptstore.store.open", fail)
+    monkeypatch.setattr("ckptstore.opening.open", fail)
     answer = run("ls", url)
     assert (answer.exit_code, answer.stdout, len(calls)) == (code, "", 1)
     assert answer.stderr.startswith(line)
@@ -150,7 +150,7 @@ def test_a_bug_shows_its_traceback_on_request(run: Run, url: str, monkeypatch: p
     def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("ckptstore.store.open", fail)
+    monkeypatch.setattr("ckptstore.opening.open", fail)
     monkeypatch.setenv("CKPTSTORE_TRACEBACK", "1")
     answer = run("ls", url)
     assert "Traceback (most recent call last)" in answer.stderr

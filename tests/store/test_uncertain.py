@@ -42,7 +42,7 @@ def store(name: str, monkeypatch: pytest.MonkeyPatch) -> Store:
         for step in (1, 2):
             first.save({"x": step}, step=step)
         first.hold("step:1", "paper")
-    monkeypatch.setattr("ckptstore.store.open_storage", lambda url, **_: Ignoring(name))
+    monkeypatch.setattr("ckptstore.opening.open_storage", lambda url, **_: Ignoring(name))
     return ckptstore.open(f"memory://{name}")
 
 
