@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, overload
 
+from ckptstore.engine import control
 from ckptstore.engine.background import SaveHandle
 from ckptstore.engine.backups import Backups
 from ckptstore.engine.buffers import BufferPool, StagingArea
@@ -38,6 +39,7 @@ from ckptstore.maintenance.retire import judged, refuse_many, retire
 from ckptstore.maintenance.scrub import Scrubber
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
+from ckptstore.units import duration_s
 from ckptstore.view import View
 
 SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
@@ -274,6 +276,38 @@ class Store(View):
                 f"{self.url} was opened in process {self._pid} and carried into its fork {os.getpid()}; "
                 "two processes can't save as one writer: open the store anew in the process that saves"
             )
+
+    # -- the run that saves here -------------------------------------------------------------------------
+
+    def signal(self, action: control.Action, *, wait: float | str | None = None) -> bool:
+        """Ask the run that saves here to "save" at once, or to "stop": to save and end.
+
+        The run that owns the store goes on owning it. Only one that looks for requests heeds them: a ``Checkpointer``
+        does, a bare ``Store`` doesn't. What was asked for before a run began is not heeded by it.
+
+        Args:
+            action: "save" or "stop".
+            wait: wait so long until it is taken up, as "30s" or in seconds; then the request is taken back.
+
+        Returns:
+            Whether a run has taken it up; False without ``wait``, as nobody knows yet.
+
+        Raises:
+            FormatError: no such action, or no duration.
+            ExistsError: it was asked already, and no run has answered.
+            NotFoundError: there is no store here.
+            StorageError: opened read-only, or the storage failed.
+        """
+        if action not in control.ACTIONS:
+            raise FormatError(f"{action!r} can't be asked for; a run heeds {' and '.join(map(repr, control.ACTIONS))}")
+        wait_s = None if wait is None else duration_s(wait, "wait")
+        self._begin_change()
+        record = self._finder.store_record()
+        store_id = record.store_id if record is not None else self._finder.scan().store_id
+        if store_id is None:
+            self._finder.require_store()
+        request = control.ask(self._storage, store_id, action)
+        return wait_s is not None and control.wait(self._storage, request, wait_s)
 
     # -- keeping -----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ _HOMES = {
     "delete": "delete",
     "undelete": "delete",
     "prune": "prune",
+    "signal": "signal",
     "bench": "bench",
     "doctor": "doctor",
 }

@@ -115,6 +115,10 @@ def hold_key(name: str) -> str:
     return f"{HOLDS}{name}.json"
 
 
+def control_key(action: str) -> str:
+    return f"{CONTROL}{action}.json"
+
+
 def receipts_of(place: str) -> str:
     """The folder of the receipts for copies at ``place``, a backup's URL."""
     return f"{RECEIPTS}{sha256(place.encode())[:16]}/"

@@ -1,6 +1,6 @@
 """The JSON records, strict both ways: what isn't exactly a record is refused by name.
 
-Small records (store, writer, commit, tombstone, hold) are indented for people and sealed: their last field,
+Small records (store, writer, commit, tombstone, hold, request) are indented for people and sealed: their last field,
 ``self``, is the SHA-256 of all that stands before it. Manifest and parts are proven by whoever points at them.
 """
 
@@ -156,6 +156,19 @@ class CopyingRecord(Record):
     format: Literal[1] = FORMAT
     store_id: Text
     id: Text
+    host: Text
+    pid: Count
+    created: Text
+
+
+class ControlRecord(Record):
+    """``control/<action>.json``: a request to the run that saves here; gone when that has taken it up."""
+
+    format: Literal[1] = FORMAT
+    store_id: Text
+    action: Literal["save", "stop"]
+    nonce: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    """Tells this request from all others."""
     host: Text
     pid: Count
     created: Text

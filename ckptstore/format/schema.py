@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from ckptstore.format.records import (
     CommitRecord,
     CondemnedRecord,
+    ControlRecord,
     CopyingRecord,
     HoldRecord,
     ManifestRecord,
@@ -29,6 +30,7 @@ RECORDS = (
     HoldRecord,
     ReceiptRecord,
     CopyingRecord,
+    ControlRecord,
     ManifestRecord,
     PartRecord,
 )

@@ -24,6 +24,7 @@ COMMANDS = {
     "delete": ("latest", "--yes"),
     "undelete": ("0001",),
     "prune": (),
+    "signal": ("save",),
     "bench": ("--size", "2MB"),
     "doctor": ("--size", "2MB"),
 }

@@ -18,6 +18,7 @@ from ckptstore.format.records import (
     SMALL_LIMIT,
     CommitRecord,
     CondemnedRecord,
+    ControlRecord,
     HoldRecord,
     ManifestRecord,
     PartRecord,
@@ -74,6 +75,7 @@ small: list[Record] = [
     CondemnedRecord(store_id=STORE, id=ID, created=now(), reason="unfinished"),
     TombstoneRecord(store_id=STORE, id=ID, created=now(), reason="by hand"),
     HoldRecord(store_id=STORE, name="paper", id=ID, created=now()),
+    ControlRecord(store_id=STORE, action="stop", nonce="0" * 32, host="höst", pid=7, created=now()),
 ]
 
 

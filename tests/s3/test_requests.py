@@ -10,6 +10,7 @@ import torch
 
 import ckptstore as cs
 from benchmarks import s3costs
+from ckptstore.engine import control
 from ckptstore.format import layout
 from ckptstore.format.records import HoldRecord, now, seal
 from ckptstore.format.tensorfile import BLOCK_BYTES
@@ -92,6 +93,22 @@ def test_commit_records_are_read_many_at_a_time(server: Seaweed, way: Latency, u
         way.forget()
         assert len(store.checkpoints()) == MANY
     assert way.kinds() == {"LIST": 2}
+
+
+def test_looking_for_requests_takes_one(server: Seaweed, way: Latency, url: str, bucket: str, prefix: str) -> None:
+    """A run looks again and again, for weeks."""
+    with cs.open(url, storage_options=server.options) as store:
+        store.save({"x": 1}, step=1)
+        polling = S3Storage(bucket, prefix, way.options(server.options))
+        assert control.poll(polling) == []
+        assert way.kinds() == {"LIST": 1}
+        store.signal("save")
+        way.forget()
+        [request] = control.poll(polling)
+        assert request.action == "save"
+        assert way.kinds() == {"LIST": 1, "GET": 1}
+        assert control.answer(polling, request)
+        assert control.poll(polling) == []
 
 
 def test_holds_are_read_many_at_a_time(server: Seaweed, way: Latency, url: str, storage: S3Storage) -> None:
