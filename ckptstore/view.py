@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from ckptstore.engine.backups import Backup
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
@@ -96,7 +96,7 @@ class View:
         *,
         into: object,
         only: Sequence[str] | None = ...,
-        strict: bool = ...,
+        strict: bool | Literal["parts"] = ...,
         progress: Progress | None = ...,
     ) -> Loaded: ...
 
@@ -106,7 +106,7 @@ class View:
         *,
         into: object = None,
         only: Sequence[str] | None = None,
-        strict: bool = True,
+        strict: bool | Literal["parts"] = True,
         progress: Progress | None = None,
     ) -> Any:
         """Load a checkpoint, every block checked before its bytes reach a tensor.
@@ -119,7 +119,9 @@ class View:
             into: live objects of the shape that was saved, restored in place: same storages, dtypes and
                 devices. Without it the state is returned as plain data.
             only: patterns of names, as ``["model/*"]``; only matching blocks are read.
-            strict: False reports missing, unexpected and mismatched names instead of raising.
+            strict: False reports missing, unexpected and mismatched names instead of raising. "parts" restores the
+                entries that checkpoint and target, both dicts, have in common, each as strictly as True does; an
+                entry that only one of them has is reported as missing or unexpected, and the target's stays.
             progress: called with (bytes done, bytes in all), from any thread.
 
         Returns:
@@ -130,8 +132,8 @@ class View:
             IntegrityError: damaged (for ``latest``: all of them). With ``into=`` the target may hold a part.
             StateError: the target doesn't fit; all misfits are listed, nothing was changed.
         """
-        if isinstance(only, str):
-            raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
+        _check_patterns(only)
+        _check_strict(strict)
         catalogue = self._finder.view()
         first = self._finder.select(catalogue, selector)
         skipped: dict[str, CheckpointError] = {}
@@ -160,6 +162,40 @@ class View:
                 message = f"{checkpoint.id} is damaged, trying the one before: {error}"
                 warnings.warn(message, FallbackWarning, stacklevel=2)
         raise all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
+
+    def compare(self, selector: str, state: object, *, only: Sequence[str] | None = None) -> list[str]:
+        """The names of all tensors and values in ``state`` that are not bit for bit what a checkpoint holds.
+
+        Nothing in it is changed, and no second copy of the state is made. ``latest`` means the newest, damaged or not.
+
+        Equal is what ``save`` would store alike: -0.0 is not 0.0, a tensor of another type or shape differs, and so
+        does what only one of the two has, which is named as a whole. Of a list of simple values the first that differs
+        is named; random state is one value. The order of a dict's entries doesn't count.
+
+        Args:
+            selector: see ``resolve``.
+            state: live objects, as for ``save``.
+            only: patterns of names, as ``["model/*"]``; only what they match is compared, and read.
+
+        Returns:
+            Names as in ``Loaded``, in the order in which the checkpoint holds them, with what it lacks at the end of
+            where it would stand; a tensor that has several names under each. Empty where all is as saved.
+
+        Raises:
+            NoCheckpointError, NotFoundError, FormatError: as ``resolve``.
+            IntegrityError: what has to be read is damaged.
+            StateError: ``state`` has something that can't be saved, or a pattern matches nothing.
+        """
+        _check_patterns(only)
+        checkpoint = self._finder.select(self._finder.view(), selector)
+        try:
+            with self._loading(checkpoint, None) as loader:
+                return loader.differing(checkpoint, state, only)
+        except (IntegrityError, FormatError):
+            if keep.is_buried(self._finder.home(checkpoint), checkpoint):
+                # No damage: it was deleted while it was read, and the selector may mean another one now.
+                return self.compare(selector, state, only=only)
+            raise
 
     @contextmanager
     def _loading(self, checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Loader]:
@@ -343,3 +379,13 @@ class View:
         holds, damaged = read_holds(self._storage)
         warn_damaged(damaged)
         return holds
+
+
+def _check_patterns(only: object) -> None:
+    if isinstance(only, str):
+        raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
+
+
+def _check_strict(strict: object) -> None:
+    if type(strict) is not bool and not (isinstance(strict, str) and strict == "parts"):
+        raise StateError(f"strict={strict!r} must be True, False or 'parts'", path="strict")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.collector import collector_paused
+from ckptstore.engine.compare import Suspect, mark_differing
 from ckptstore.engine.reader import Contents, Rescue, read_contents, read_tensors
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError
@@ -26,7 +27,7 @@ class Loaded:
     Attributes:
         checkpoint: the one that was loaded.
         skipped: newer checkpoints that were damaged, with the error of each.
-        missing: names the target has and the checkpoint lacks (only with ``strict=False``).
+        missing: names the target has and the checkpoint lacks (only with ``strict=False`` or ``"parts"``).
         unexpected: names the checkpoint has and the target lacks.
         mismatched: names whose shapes differ; left as they were.
         cast: names that were converted to the target's dtype.
@@ -64,7 +65,7 @@ class Loader:
         checkpoint: Checkpoint,
         target: object,
         only: Sequence[str] | None,
-        strict: bool,
+        strict: bool | Literal["parts"],
         skipped: Mapping[str, CheckpointError],
     ) -> Loaded:
         """Restore ``target`` in place. Its fit is checked before anything in it changes."""
@@ -76,6 +77,27 @@ class Loader:
         self._fill(contents, restoration)
         found = restoration.report
         return Loaded(checkpoint, skipped, found.missing, found.unexpected, found.mismatched, found.cast)
+
+    def differing(self, checkpoint: Checkpoint, state: object, only: Sequence[str] | None) -> list[str]:
+        """The names of all in ``state`` that is not what the checkpoint holds."""
+        from ckptstore.state.capture import capture
+        from ckptstore.state.compare import compare_trees
+
+        with collector_paused():
+            contents = read_contents(self.storage, checkpoint.record, self.rescue)
+            findings = compare_trees(_tree(contents), _specs(contents), capture(state), only=only)
+        suspects = [Suspect(f.saved, f.live) if f.live is not None else None for f in findings]
+        mark_differing(
+            self.storage,
+            contents,
+            [suspect for suspect in suspects if suspect is not None],
+            pool=self.pool,
+            threads=self.threads,
+            rescue=self.rescue,
+        )
+        # A name may stand for several: those of a generator's state.
+        names = {f.name: None for f, s in zip(findings, suspects, strict=True) if s is None or s.differs}
+        return list(names)
 
     def _fill(self, contents: Contents, restoration: Restoration) -> Any:
         read_tensors(

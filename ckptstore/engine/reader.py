@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
 from ckptstore.engine.workers import Meter, Progress, run
@@ -31,6 +31,8 @@ from ckptstore.format.records import (
 )
 from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile, TensorRow
 from ckptstore.storage.base import ALIGNMENT, ObjectReader, Storage
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -262,33 +264,66 @@ def read_tensors(
         IntegrityError: a block is damaged, also when read a second time; sinks may be partly filled.
         StorageError: the backend failed.
     """
+
+    def put(sink: Sink, begin: int, data: memoryview) -> None:
+        copy_bytes(sink.host()[begin : begin + len(data)], data)
+
+    read_pieces(storage, contents, wanted, put, pool=pool, threads=threads, progress=progress, rescue=rescue)
+
+
+def read_pieces(
+    storage: Storage,
+    contents: Contents,
+    wanted: Mapping[str, T],
+    take: Callable[[T, int, memoryview], None],
+    *,
+    pool: BufferPool,
+    threads: int,
+    progress: Progress | None = None,
+    rescue: Rescue | None = None,
+) -> None:
+    """Read the blocks that hold the ``wanted`` tensors, and call ``take`` for each piece of one, from any thread.
+
+    It gets what stands for the tensor in ``wanted``, and which bytes of the tensor these are: where they begin, and
+    they themselves, which are gone when it returns.
+
+    Raises:
+        IntegrityError: a block is damaged, also when read a second time.
+        StorageError: the backend failed.
+    """
     plan = []
     for file in contents.files:
-        sinks = [wanted.get(file.name(row)) for row in range(len(file.stream.rows))]
-        if blocks := _wanted_blocks(file, sinks):
-            plan.append((file, sinks, blocks))
+        takers = [wanted.get(file.name(row)) for row in range(len(file.stream.rows))]
+        if blocks := _wanted_blocks(file, takers):
+            plan.append((file, takers, blocks))
     total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
     meter = Meter(total, progress)
-    for file, sinks, blocks in plan:
+    for file, takers, blocks in plan:
         with closing(open_file(storage, file, contents.commit.id, rescue, at_once=False)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
-            deliver = partial(_deliver, sinks, meter)
+            deliver = partial(_deliver, takers, take, meter)
             check_blocks(contents, tasks, deliver, pool=pool, threads=threads, rescue=rescue)
 
 
-def _wanted_blocks(file: DataFile, sinks: Sequence[Sink | None]) -> list[tuple[int, list[Piece]]]:
-    if all(sink is None for sink in sinks):
+def _wanted_blocks(file: DataFile, takers: Sequence[object]) -> list[tuple[int, list[Piece]]]:
+    if all(taker is None for taker in takers):
         return []
     numbered = ((number, file.stream.pieces(number)) for number in range(len(file.entry.blocks)))
-    found = [(number, [piece for piece in pieces if sinks[piece.row] is not None]) for number, pieces in numbered]
+    found = [(number, [piece for piece in pieces if takers[piece.row] is not None]) for number, pieces in numbered]
     return [(number, pieces) for number, pieces in found if pieces]
 
 
-def _deliver(sinks: Sequence[Sink | None], meter: Meter, task: BlockTask, raw: memoryview) -> None:
+def _deliver(
+    takers: Sequence[T | None],
+    take: Callable[[T, int, memoryview], None],
+    meter: Meter,
+    task: BlockTask,
+    raw: memoryview,
+) -> None:
     for row, begin, length, offset in task.pieces:
-        sink = sinks[row]
-        assert sink is not None
-        copy_bytes(sink.host()[begin : begin + length], raw[offset : offset + length])
+        taker = takers[row]
+        assert taker is not None
+        take(taker, begin, raw[offset : offset + length])
     meter.add(task.file.entry.blocks[task.number].length)
 
 

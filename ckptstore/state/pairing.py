@@ -50,6 +50,7 @@ class Pairing:
         values: changes of plain containers.
         loads: calls of the target's own methods.
         randoms: random state.
+        missing_parts, unexpected_parts: entries of the state that only one side has, where that is no misfit.
         owners: full name → parameter, of all modules in the target.
     """
 
@@ -63,16 +64,51 @@ class Pairing:
         self.values: list[Callable[[], None]] = []
         self.loads: list[Callable[[], None]] = []
         self.randoms: list[Callable[[], None]] = []
+        self.missing_parts: list[str] = []
+        self.unexpected_parts: list[str] = []
         self._selection = selection
         self._optimizers: list[tuple[dict[str, Any], torch.optim.Optimizer, str]] = []
         self._claimed: set[int] = set()
 
     def plan(self, tree: object, target: object) -> None:
-        """Plan everything: the only call from outside."""
+        """Plan everything: this or ``plan_parts`` is the only call from outside."""
         self._note_owners(target, "", frozenset())
         make = self.pair(tree, target, "", 0)
         if make is not None and not same(tree, target):
             self.mismatched("", f"a {type(target).__name__} can't be changed in place; put it into a dict")
+        self._pair_optimizers()
+
+    def plan_parts(self, tree: object, target: object) -> None:
+        """Plan to restore the entries that both have, whatever else one of them has.
+
+        Raises:
+            StateError: there are none, or one of the two is no dict.
+        """
+        if type(target) not in _DICTS or _kind(tree) not in DICT_KINDS:
+            what = f"the target is a {type_name(type(target))}, the checkpoint holds a {_kind(tree)}"
+            raise StateError(f"strict='parts' restores the entries that two dicts have in common: {what}", path="")
+        assert isinstance(target, dict)
+        saved = self.decoder.children(tree, "")
+        if not saved.keys() & target.keys():
+            raise StateError(
+                f"the checkpoint and the target have no entry in common: saved {_names(saved)}, "
+                f"target {_names(target)}",
+                path="",
+            )
+        lacking = [str(key) for key in target if key not in saved]
+        asked = tree if self._selection is None else self._selection.prune(tree, lacking)
+        self.missing_parts += [name for name in lacking if self._selection is None or self._selection.means(name)]
+        self._note_owners(target, "", frozenset())
+        makers: dict[Any, Maker | None] = {}
+        for index, (key, child) in enumerate(self.decoder.children(asked, "").items()):
+            if key in target:
+                makers[key] = self.pair(child, target[key], key_text(key, index), 1)
+            else:
+                self.unexpected_parts.append(key_text(key, index))
+        self.values.append(lambda: fill_dict(target, makers, follow=False))
+        self._pair_optimizers()
+
+    def _pair_optimizers(self) -> None:
         for node, instance, path in self._optimizers:
             optimizer.pair(self, node, instance, path)
 
@@ -359,6 +395,11 @@ class Pairing:
             elif (make := self.pair(nodes[key], content[key], join(path, key), depth + 1)) is not None:
                 self.values.append(attribute_setter(target, key, make))
         return None
+
+
+def _names(entries: Iterable[Any]) -> str:
+    names = sorted(map(str, entries))
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "nothing"
 
 
 def _kind(node: object) -> str:

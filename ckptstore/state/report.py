@@ -24,6 +24,11 @@ class LoadReport:
     mismatched: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
 
+    def add_apart(self, missing: list[str], unexpected: list[str]) -> None:
+        """Add whole entries of the state that only one of the two has, where these are no misfits."""
+        self.missing = sorted(self.missing + missing)
+        self.unexpected = sorted(self.unexpected + unexpected)
+
     def close(self, *, strict: bool) -> None:
         """Sort, and say what has to be said.
 
@@ -39,7 +44,7 @@ class LoadReport:
             first = next(iter(found.values()))[0]
             raise StateError(
                 f"the checkpoint doesn't fit the target ({lists}). Nothing was changed. "
-                "strict=False loads what fits, only=['model/*'] a part",
+                "strict=False loads what fits, strict='parts' the entries that both have, only=['model/*'] a part",
                 path=first.partition(": ")[0],
             )
         if self.cast:

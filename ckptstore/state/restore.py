@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ckptstore.errors import CheckpointError, FormatError
 from ckptstore.state.decode import Decoder, Maker
@@ -74,7 +74,12 @@ def restore_plain(tree: Json, specs: Sequence[TensorSpec], *, only: Sequence[str
 
 
 def restore_into(
-    tree: Json, specs: Sequence[TensorSpec], into: object, *, only: Sequence[str] | None = None, strict: bool = True
+    tree: Json,
+    specs: Sequence[TensorSpec],
+    into: object,
+    *,
+    only: Sequence[str] | None = None,
+    strict: bool | Literal["parts"] = True,
 ) -> Restoration:
     """Plan to load a state into live objects. Nothing is changed before the bytes come in.
 
@@ -83,7 +88,8 @@ def restore_into(
         specs: of all stored tensors; their sizes are trusted.
         into: of the same structure as what was saved. Tensors keep their memory, element type and device.
         only: patterns; just what they match is restored, and judged.
-        strict: False restores what fits and reports the rest.
+        strict: False restores what fits and reports the rest; "parts" restores the entries of two dicts that both
+            have, each as with True, and reports the others.
 
     Raises:
         FormatError: the tree is malformed.
@@ -91,11 +97,13 @@ def restore_into(
     """
     with _Bounded():
         selection = None if only is None else Selection(only, whole_statefuls=True)
-        if selection is not None:
-            tree = selection.prune(tree)
-        pairing = Pairing(Decoder(specs), selection, strict)
-        pairing.plan(tree, into)
-    pairing.report.close(strict=strict)
+        pairing = Pairing(Decoder(specs), selection, bool(strict))
+        if strict == "parts":
+            pairing.plan_parts(tree, into)
+        else:
+            pairing.plan(tree if selection is None else selection.prune(tree), into)
+    pairing.report.close(strict=bool(strict))
+    pairing.report.add_apart(pairing.missing_parts, pairing.unexpected_parts)
     steps = [*pairing.tensors, *pairing.values, *pairing.loads, *pairing.randoms]
     return Restoration(pairing.decoder.wanted, pairing.report, steps, lambda: into)
 

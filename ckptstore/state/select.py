@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase, translate
 from typing import Any, Final
 
 from ckptstore.errors import FormatError, StateError
@@ -29,7 +29,7 @@ class Selection:
 
     def __init__(self, patterns: Sequence[str], *, whole_statefuls: bool) -> None:
         """``whole_statefuls``: objects that load themselves can't be taken in part."""
-        self._patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in patterns]
+        self._patterns = [(pattern, re.compile(translate(pattern))) for pattern in patterns]
         self._used: set[str] = set()
         self._whole_statefuls = whole_statefuls
 
@@ -39,16 +39,49 @@ class Selection:
         self._used.update(found)
         return bool(found)
 
-    def prune(self, tree: object) -> Any:
+    def means(self, name: str) -> bool:
+        """Whether a pattern matches an entry of the state, or may match something in it; notes which ones do.
+
+        For entries of which only the name is known.
+        """
+        found = [pattern for pattern, _ in self._patterns if any(fnmatchcase(name, head) for head in _heads(pattern))]
+        self._used.update(found)
+        return bool(found)
+
+    def prune(self, tree: object, lacking: Sequence[str] = ()) -> Any:
         """The tree without what doesn't match.
+
+        Args:
+            lacking: entries that a pattern may mean though the tree doesn't have them.
 
         Raises:
             StateError: a pattern matches nothing, or a part of what can only be restored whole.
             FormatError: the tree is too deep or malformed.
         """
         pruned = self._prune(tree, "", 0)
+        meant = [name for name in lacking if self.means(name)]
+        if meant and pruned is ABSENT:
+            pruned = {}
+        self._check(tree, pruned is not ABSENT)
+        return pruned
+
+    def require(self, *trees: object) -> None:
+        """Nothing, if every pattern matches something in one of the trees.
+
+        Raises:
+            StateError: one doesn't.
+            FormatError: a tree is too deep or malformed.
+        """
+        found = [self.asks(tree, "") for tree in trees]
+        self._check(trees[0], any(found))
+
+    def asks(self, node: object, path: str) -> bool:
+        """Whether a pattern matches the node at ``path``, or something in it."""
+        return self._prune(node, path, 0) is not ABSENT
+
+    def _check(self, tree: object, found: bool) -> None:
         unused = [pattern for pattern, _ in self._patterns if pattern not in self._used]
-        if unused or pruned is ABSENT:
+        if unused or not found:
             names = ", ".join(map(repr, unused)) or "an empty list"
             known = (
                 f"; it has {', '.join(map(repr, list(tree)[:20]))}"
@@ -56,7 +89,6 @@ class Selection:
                 else ""
             )
             raise StateError(f"only={names} matches nothing in the checkpoint: patterns are like 'model/*'{known}")
-        return pruned
 
     def _prune(self, node: Any, path: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -152,6 +184,12 @@ class Selection:
     @staticmethod
     def _with(node: dict[str, Any], field: str, content: Any) -> Any:
         return ABSENT if content is ABSENT else {**node, field: content}
+
+
+def _heads(pattern: str) -> Iterator[str]:
+    """The pattern, and what stands before each of its slashes."""
+    yield pattern
+    yield from (pattern[:index] for index, character in enumerate(pattern) if character == "/")
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:
