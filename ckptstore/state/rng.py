@@ -140,6 +140,17 @@ GENERATORS: dict[str, type] = {kind: cls for cls, (kind, _) in _GETTERS.items()}
 """Kind of node → class of the generator."""
 
 
+def state_of(value: object) -> tuple[str, Any] | None:
+    """Kind and state of a generator that ``set_state`` can put back; None for anything else."""
+    if type(value) not in _GETTERS:
+        return None
+    bits = getattr(value, "bit_generator", None)
+    if bits is not None and _BIT_GENERATORS.get(type(bits).__name__) is not type(bits):
+        return None
+    kind, getter = _GETTERS[type(value)]
+    return kind, getter(value)
+
+
 def encoder_of(cls: type) -> Callable[[Encoder, Any, str], Json]:
     """What makes the node of a generator of this class."""
     kind, getter = _GETTERS[cls]

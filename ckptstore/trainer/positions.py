@@ -1,0 +1,92 @@
+"""The saved position in one source, checked: the checkpoint may have been made or edited elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ckptstore.errors import FormatError
+
+KINDS = ("plain", "state", "indices")
+
+
+class Position(NamedTuple):
+    """Where a source stood: completed passes of the epoch, the running one, and what the next one needs."""
+
+    passes: int
+    running: dict[str, Any] | None
+    rest: dict[str, Any]
+
+
+def parse(name: object, saved: object) -> Position:
+    """The position in the source ``name``.
+
+    Raises:
+        FormatError: it is malformed; the message names the source.
+    """
+    where = f"the position in the source {name!r}"
+    if not isinstance(name, str) or not isinstance(saved, dict):
+        raise FormatError(f"{where} is malformed: it must be a dict under a text")
+    passes, running, rest = (_field(saved, key, where) for key in ("passes", "running", "rest"))
+    _count(passes, "passes", where)
+    if running is not None:
+        _running(running, where)
+    _dict(rest, "rest", where)
+    _dict(_field(rest, "own", where), "own", where)
+    for key in ("again", "kept"):
+        _flag(_field(rest, key, where), key, where)
+    _text(_field(rest, "first", where), "first", where)
+    _field(rest, "dataset", where)
+    return Position(passes, running, rest)
+
+
+def _running(running: Any, where: str) -> None:
+    _dict(running, "running", where)
+    kind = _field(running, "kind", where)
+    if kind not in KINDS:
+        raise FormatError(f"{where} is malformed: {kind!r} is no kind of source; known: {', '.join(KINDS)}")
+    for key in ("batches", "samples"):
+        _count(_field(running, key, where), key, where)
+    for key in ("length", "batch_size"):
+        if _field(running, key, where) is not None:
+            _count(running[key], key, where)
+    start = _dict(_field(running, "start", where), "start", where)
+    for key in ("random", "own", "epochs"):
+        _dict(_field(start, key, where), key, where)
+    for epoch in start["epochs"].values():
+        _count(epoch, "epochs", where)
+    if kind == "state":
+        _field(running, "state", where)
+        if _count(_field(running, "at", where), "at", where) > running["batches"]:
+            raise FormatError(f"{where} is malformed: its state is of a later batch")
+    if kind == "indices":
+        _flag(_field(running, "reset", where), "reset", where)
+        _text(_field(running, "next", where), "next", where)
+        _field(running, "dataset", where)
+
+
+def _field(fields: dict[str, Any], key: str, where: str) -> Any:
+    if key not in fields:
+        raise FormatError(f"{where} is malformed: it lacks {key!r}")
+    return fields[key]
+
+
+def _dict(value: Any, key: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} is malformed: {key!r} must be a dict, not {value!r:.80}")
+    return value
+
+
+def _count(value: Any, key: str, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise FormatError(f"{where} is malformed: {key!r} must be a number from 0 up, not {value!r:.80}")
+    return value
+
+
+def _flag(value: Any, key: str, where: str) -> None:
+    if type(value) is not bool:
+        raise FormatError(f"{where} is malformed: {key!r} must be true or false, not {value!r:.80}")
+
+
+def _text(value: Any, key: str, where: str) -> None:
+    if value is not None and type(value) is not str:
+        raise FormatError(f"{where} is malformed: {key!r} must be a text, not {value!r:.80}")
