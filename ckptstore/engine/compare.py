@@ -13,6 +13,7 @@ from ckptstore.engine.plan import Source
 from ckptstore.engine.reader import Contents, Rescue, read_pieces
 from ckptstore.storage.base import Storage
 
+_SMALL_BYTES = 1 << 12
 _STEP_BYTES = 1 << 20
 """Compared at a time: what is found for each of these bytes takes as much room."""
 
@@ -71,6 +72,8 @@ def mark_differing(
 
 
 def _alike(live: memoryview, stored: memoryview) -> bool:
+    if len(live) < _SMALL_BYTES:
+        return live.tobytes() == stored.tobytes()
     mine, theirs = np.frombuffer(live, np.uint8), np.frombuffer(stored, np.uint8)
     return all(
         np.array_equal(mine[at : at + _STEP_BYTES], theirs[at : at + _STEP_BYTES])

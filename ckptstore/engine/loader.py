@@ -86,7 +86,7 @@ class Loader:
         with collector_paused():
             contents = read_contents(self.storage, checkpoint.record, self.rescue)
             findings = compare_trees(_tree(contents), _specs(contents), capture(state), only=only)
-        suspects = [Suspect(f.saved, f.live) if f.live is not None else None for f in findings]
+            suspects = [Suspect(f.saved, f.live) if f.live is not None else None for f in findings]
         mark_differing(
             self.storage,
             contents,

@@ -31,12 +31,11 @@ _CONTENT = {
 _TENSORS = ("tensor", "ndarray", "bytes", "bytearray")
 _WHOLE = tuple(GENERATORS)
 """What counts as one value, whatever is in it."""
-# Whose class may have been renamed or wrapped, and marks of the tensor object that are no part of its value.
-_IGNORED = {"module": {"type"}, "stateful": {"type", "metadata"}, "tensor": {"parameter", "grad"}}
+# Whose class may have been renamed or wrapped.
+_IGNORED = {"module": {"type"}, "stateful": {"type", "metadata"}}
 
-
-_Content: TypeAlias = "dict[str, tuple[str, Any]]"
-"""The nodes in a node, by what tells them apart: path below the node, and node."""
+_Content: TypeAlias = "dict[str, tuple[str | None, Any]]"
+"""The nodes in a node, by what tells them apart: path below the node, None where it is the node's own, and node."""
 
 
 class Finding(NamedTuple):
@@ -69,10 +68,11 @@ class _Place(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.name or self.path
+        return self.name or self.path or "state"
 
-    def below(self, part: str) -> _Place:
-        return self._replace(path=join(self.path, part) if part else self.path, depth=self.depth + 1)
+    def below(self, part: str | None) -> _Place:
+        path = self.path if part is None else join(self.path, part)
+        return self._replace(path=path, depth=self.depth + 1)
 
 
 class Comparison:
@@ -98,8 +98,9 @@ class Comparison:
             raise FormatError(f"{place.path!r} lies deeper than any state that can be saved")
         if self._selection is not None and self._selection.matches(place.path):
             place = place._replace(asked=True)
-        if place.asked and _is_flat(saved) and _is_flat(live):
-            self._flat(saved, live, place)
+        rows = _flat_items(saved), _flat_items(live)
+        if place.asked and rows[0] is not None and rows[1] is not None and _mould(saved) == _mould(live):
+            self._rows(rows[0], rows[1], place)
             return
         mine, theirs = _both_apart(saved, live, place.path)
         if mine.text != theirs.text or (mine.tensor is None) != (theirs.tensor is None):
@@ -121,8 +122,8 @@ class Comparison:
             if key not in saved:
                 self._differs(place.below(part), node)
 
-    def _flat(self, saved: list[Any], live: list[Any], place: _Place) -> None:
-        """Lists of simple values: where they begin to differ."""
+    def _rows(self, saved: list[Any], live: list[Any], place: _Place) -> None:
+        """Simple values in a row: where they begin to differ."""
         if json.dumps(saved) == json.dumps(live):
             return
         both = min(len(saved), len(live))
@@ -140,7 +141,7 @@ class Comparison:
             raise FormatError(f"{place.path!r} refers to the tensor {name!r}, which the checkpoint doesn't have")
         if place.asked or (self._selection is not None and self._selection.matches(name)):
             alike = (spec.dtype, tuple(spec.shape), spec.logical) == live.spec[1:]
-            self.findings.append(Finding(place.label or name, name, live if alike else None))
+            self.findings.append(Finding(place.label, name, live if alike else None))
 
 
 def compare_trees(
@@ -173,8 +174,15 @@ def compare_trees(
     return comparison.findings
 
 
-def _is_flat(node: object) -> bool:
-    return type(node) is list and set(map(type, node)) <= _SCALARS
+def _flat_items(node: Any) -> list[Any] | None:
+    """The simple values in a list, tuple or deque of nothing else."""
+    items = node.get("items") if _kind(node) in ("tuple", "deque") else node
+    return items if type(items) is list and set(map(type, items)) <= _SCALARS else None
+
+
+def _mould(node: Any) -> object:
+    """What such a sequence is besides its values."""
+    return {**node, "items": None} if isinstance(node, dict) else None
 
 
 def _taken_apart(node: Any, path: str) -> _Node:
@@ -183,30 +191,37 @@ def _taken_apart(node: Any, path: str) -> _Node:
     if not isinstance(node, dict):
         return _Node(json.dumps(node), None, {})
     if TAG not in node:
-        return _Node("dict", None, {json.dumps(key): (key, child) for key, child in node.items()})
+        return _Node("dict", None, {_key(key): (key, child) for key, child in node.items()})
     kind = node[TAG] if isinstance(node[TAG], str) else ""
     field = _CONTENT.get(kind)
     if field is None or (kind in _TENSORS and field not in node):
         return _Node(json.dumps(node, sort_keys=True), None, {})
+    if kind == "tensor":
+        # Whether it is a parameter, or wants a gradient, is no part of its value.
+        return _Node(kind, str(node["name"]), {})
     rest = {key: value for key, value in node.items() if key not in (field, *_IGNORED.get(kind, ()))}
     text, content = json.dumps(rest, sort_keys=True), node.get(field)
     if kind in _TENSORS:
         return _Node(text, str(content), {})
     if field == "state":
-        return _Node(text, None, {"": ("", content), "_metadata": ("_metadata", node.get("metadata"))})
+        return _Node(text, None, {"": (None, content), "_metadata": ("_metadata", node.get("metadata"))})
     return _Node("dict" if kind == "dict" else text, None, _entries(content, kind in DICT_KINDS, path))
 
 
 def _entries(content: object, pairs: bool, path: str) -> _Content:
     if isinstance(content, dict) and not pairs:
-        return {json.dumps(key): (key, child) for key, child in content.items()}
+        return {_key(key): (key, child) for key, child in content.items()}
     if not isinstance(content, list):
         raise FormatError(f"{path!r} lacks what is in it")
     if not pairs:
         return {str(index): (str(index), child) for index, child in enumerate(content)}
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
         raise FormatError(f"{path!r} is a dict with an entry that is no pair")
-    return {json.dumps(key): (key_text(key, index), child) for index, (key, child) in enumerate(content)}
+    return {_key(key): (key_text(key, index), child) for index, (key, child) in enumerate(content)}
+
+
+def _key(node: Any) -> str:
+    return f":{node}" if isinstance(node, str) else json.dumps(node)
 
 
 def _both_apart(saved: Any, live: Any, path: str) -> tuple[_Node, _Node]:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ckptstore.errors import FormatError, StateError
-from ckptstore.state import RNG, TensorSpec, restore_into, restore_plain
+from ckptstore.state import RNG, TensorSpec, capture, restore_into, restore_plain
+from ckptstore.state.compare import compare_trees
 from tests.state.memory import Saved, load, save
 
 MUTATIONS = 10_000
@@ -128,6 +129,51 @@ def test_mutated_trees_raise_only_our_errors(into: bool) -> None:
     RNG().load_state_dict(state)
     assert refused > MUTATIONS // 10
     assert loaded > MUTATIONS // 50
+
+
+@pytest.mark.parametrize("only", [None, ["net/*", "optimizer", "*state*", "containers/0/1"]], ids=["all", "only"])
+def test_comparing_with_mutated_trees_raises_only_our_errors(only: list[str] | None) -> None:
+    """Or names something; what says the same as before is compared as before."""
+    rng = random.Random(9)
+    state = everything()
+    saved, live = save(state), capture(state)
+    quiet = [finding.name for finding in compare_trees(saved.tree, saved.specs, live, only=only)]
+    refused = named = 0
+    for _ in range(MUTATIONS // 10):
+        tree, specs = mutate(saved.tree, rng), saved.specs
+        if rng.random() < 0.2:
+            specs = mutate_specs(specs, rng)
+        try:
+            findings = compare_trees(tree, specs, live, only=only)
+        except (FormatError, StateError):
+            refused += 1
+            continue
+        named += any(finding.live is None for finding in findings)
+        if json.dumps(tree) == saved.text and specs == saved.specs:
+            assert [finding.name for finding in findings] == quiet
+    assert refused > MUTATIONS // 1000
+    assert named > MUTATIONS // 100
+
+
+def test_trees_nested_without_an_end_are_not_followed() -> None:
+    """No deeper than the live state goes, and no deeper than the stack."""
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    live = capture({"a": nested(90), "b": 1})
+    [finding] = compare_trees({"a": deep, "b": 1}, [], live)
+    assert finding.name == "a" + "/0" * 90
+    with pytest.raises(FormatError, match="deeper"):
+        compare_trees({"a": deep, "b": 1}, [], live, only=["a", "b"])
+    with pytest.raises(FormatError, match="nested deeper"):
+        compare_trees({"a": {"$": "set", "items": deep}, "b": 1}, [], live)
+
+
+def nested(depth: int) -> Any:
+    value: Any = torch.ones(1)
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def bomb(levels: int) -> Any:
