@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptstore.config.settings import Parts
     from ckptstore.engine.background import SaveHandle, TornReadWarning
     from ckptstore.engine.catalogue import Checkpoint, Damage
     from ckptstore.engine.damage import DamageWarning, FallbackWarning
@@ -58,36 +59,45 @@ if TYPE_CHECKING:
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
+    from ckptstore.trainer.checkpointer import Checkpointer
+    from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Checkpointer",
     "CommitUnknownError",
     "CopyReport",
     "Costs",
     "Damage",
     "DamageWarning",
     "ExistsError",
+    "Failed",
     "FallbackWarning",
     "FormatError",
     "IntegrityError",
     "Judgement",
     "Lag",
     "Length",
+    "Listener",
     "Loaded",
     "NoCheckpointError",
     "NotFoundError",
+    "Parts",
     "Past",
     "Plan",
     "Progress",
     "PruneReport",
     "RNG",
+    "Resumed",
     "SaveFailedError",
     "SaveHandle",
+    "Saved",
     "StaleWriterError",
     "StateError",
+    "Stats",
     "StorageError",
     "StorageFullError",
     "Store",
@@ -135,6 +145,9 @@ _HOMES = {
     "ckptstore.policy.steps": ("at", "every"),
     "ckptstore.state.rng": ("RNG",),
     "ckptstore.state.staging": ("fence",),
+    "ckptstore.config.settings": ("Parts",),
+    "ckptstore.trainer.checkpointer": ("Checkpointer",),
+    "ckptstore.trainer.events": ("Failed", "Listener", "Resumed", "Saved", "Stats"),
     "ckptstore.state.registry": ("register_type",),
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
     "ckptstore.store": ("Store",),

@@ -309,6 +309,15 @@ class Store(View):
         request = control.ask(self._storage, store_id, action)
         return wait_s is not None and control.wait(self._storage, request, wait_s)
 
+    def requests(self) -> list[control.Action]:
+        """Take up what was asked for by ``signal``: what is returned is for the caller to do, and asked for no more.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        asked = control.poll(self._storage)
+        return [one.action for one in asked if control.answer(self._storage, one) and one.problem is None]
+
     # -- keeping -----------------------------------------------------------------------------------------
 
     def delete(self, selector: str, *, reason: str = "deleted by hand") -> Checkpoint:

@@ -26,7 +26,8 @@ ROWS = [
     {"view"},
     {"store"},
     {"opening"},
-    {"config", "trainer", "tools"},
+    {"config"},
+    {"trainer", "tools"},
     {"integrations", "cli"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
@@ -134,6 +135,7 @@ def test_public_names() -> None:
     expected = """RNG Checkpoint CheckpointError CommitUnknownError Damage DamageWarning ExistsError FallbackWarning
         FormatError IntegrityError Loaded NoCheckpointError NotFoundError PruneReport SaveFailedError
         StaleWriterError StateError StorageError StorageFullError Store UnavailableError VerifyReport __version__
+        Checkpointer Failed Listener Parts Resumed Saved Stats
         SaveHandle TornReadWarning fence open register_type CopyReport Lag at every epoch_plan on_best milestones
         budget last best epochs every_kept within tagged at_most Length Progress Past Costs foresee Plan Verdict
         Judgement"""

@@ -160,6 +160,7 @@ class Progress:
         elapsed_s: seconds of training, over all its processes.
         metrics: what was reported since the last save that succeeded, as the next one records it.
         costs: what was measured, None before the first save.
+        batch: micro batches used in the running epoch.
     """
 
     step: int = 0
@@ -169,6 +170,7 @@ class Progress:
     elapsed_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     costs: Costs | None = None
+    batch: int = 0
 
 
 class Remembered(Protocol):

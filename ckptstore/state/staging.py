@@ -57,6 +57,12 @@ class Window:
 _open: set[Window] = set()
 _fenced: WeakSet[torch.optim.Optimizer] = WeakSet()
 _hooked = False
+_steps_begun = 0
+
+
+def steps_begun() -> int:
+    """How often an optimizer's step was begun in this process since the first one was fenced."""
+    return _steps_begun
 
 
 def fence(*optimizers: torch.optim.Optimizer) -> None:
@@ -103,6 +109,8 @@ def fence_all() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    global _steps_begun
+    _steps_begun += 1
     if _open:
         addresses = _addresses([optimizer])
         for window in list(_open):

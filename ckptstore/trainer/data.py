@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -102,14 +102,15 @@ class Feeds:
         self._strict = False
 
     def batches(
-        self, source: Iterable[T], name: str = "data", *, between: Callable[[], None] = lambda: None
+        self, source: Iterable[T], name: str = "data", *, between: Callable[[bool], None] = lambda last: None
     ) -> Iterator[T]:
         """The batches of one pass over ``source``, from the first one on that no completed step used.
 
         Args:
             source: a loader, or anything else that gives batches.
             name: tells sources apart; the same name after a resume continues the same position.
-            between: called before each batch is fetched, and once more before the end is found.
+            between: called before each batch is fetched, and once more before the end is found; told whether that is
+                known to come.
 
         Raises:
             StateError: ``source`` can't be iterated. While iterating: the saved position doesn't fit it.
@@ -120,7 +121,7 @@ class Feeds:
             raise StateError(f"the source {name!r} is a {type(source).__name__}, which can't be iterated", path=name)
         return self._read(source, name, between)
 
-    def _read(self, source: Any, name: str, between: Callable[[], None]) -> Iterator[Any]:
+    def _read(self, source: Any, name: str, between: Callable[[bool], None]) -> Iterator[Any]:
         feed = self._feeds.setdefault(name, _Feed(name))
         if feed.owed:
             feed.owed -= 1
@@ -130,7 +131,7 @@ class Feeds:
         reading = self._begin(feed, source, nested)
         try:
             while True:
-                between()
+                between(reading.is_over())
                 item = reading.fetch(feed.used is feed.handed)
                 if not item:
                     break
@@ -149,6 +150,11 @@ class Feeds:
         """All batches handed out so far were used by completed steps."""
         for feed in self._feeds.values():
             feed.used = feed.handed
+
+    @property
+    def names(self) -> Collection[str]:
+        """Those of all sources that were read, or that a checkpoint knew."""
+        return self._feeds.keys()
 
     @property
     def batch(self) -> int:

@@ -73,6 +73,13 @@ class Reading:
         self.batches += 1
         return batch
 
+    def is_over(self) -> bool:
+        """Whether all batches were handed out, as far as that is known before another one is asked for."""
+        try:
+            return self.batches >= len(self.source)
+        except (TypeError, NotImplementedError):
+            return False
+
     def close(self) -> None:
         """No batch will be asked for any more."""
         self._iterator = iter(())
@@ -212,6 +219,12 @@ class IndexReading(Reading):
             if clean:
                 self._unused = stream.last
         return batch
+
+    def is_over(self) -> bool:
+        stream = self._indices.stream
+        if stream is None or not stream.foreseeable:
+            return super().is_over()
+        return self.batches > 0 and stream.peek() is None
 
     def saved(self, batches: int, samples: int) -> Fields:
         fields = super().saved(batches, samples)

@@ -1,0 +1,72 @@
+"""A thread that looks for requests from outside, and ends a process that takes too long to end itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+from ckptstore.engine.control import Action
+from ckptstore.errors import CheckpointError
+from ckptstore.store import Store
+from ckptstore.trainer.signals import Signals, exit_code, name_of
+
+_log = logging.getLogger("ckptstore")
+_LOOK_S = 0.1
+"""How often a deadline is looked at."""
+
+
+class Watch:
+    """Looks every ``poll_s`` seconds for requests in the store, and for the deadline all the time."""
+
+    def __init__(self, signals: Signals, store: Store, poll_s: float | None, deadline_s: float | None) -> None:
+        self._signals, self._store = signals, store
+        self._poll_s, self._deadline_s = poll_s, deadline_s
+        self._ended = threading.Event()
+        self._pause_s = _LOOK_S if deadline_s is not None else poll_s
+        self._thread = threading.Thread(target=self._look, name="ckptstore-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        if self._poll_s is not None or self._deadline_s is not None:
+            self._thread.start()
+
+    def end(self) -> None:
+        """Look no more. Safe to call twice; where a signal came, the deadline still holds."""
+        self._poll_s = None
+        if self._signals.stop is None:
+            self._ended.set()
+
+    def _look(self) -> None:
+        # What lies there before the first look was meant for another run.
+        self._requests()
+        looked = time.monotonic()
+        while not self._ended.wait(self._pause_s):
+            self._mind_deadline()
+            if self._poll_s is not None and time.monotonic() - looked >= self._poll_s:
+                for action in self._requests():
+                    self._signals.ask(action)
+                looked = time.monotonic()
+
+    def _requests(self) -> list[Action]:
+        try:
+            return self._store.requests() if self._poll_s is not None else []
+        except CheckpointError as error:
+            # A network that is away for a while is no reason to stop looking.
+            _log.debug("requests can't be looked for now: %s", error)
+            return []
+
+    def _mind_deadline(self) -> None:
+        signum = self._signals.stop
+        if self._deadline_s is None or signum is None:
+            return
+        if time.monotonic() > self._signals.stop_at + self._deadline_s:
+            give_up(signum, self._deadline_s)
+
+
+def give_up(signum: int, deadline_s: float) -> None:
+    """End the process at once, as if it had been killed: what was saved before is there."""
+    message = f"ckptstore: {name_of(signum)} came {deadline_s:g} s ago and the step isn't saved: the process ends now\n"
+    os.write(2, message.encode())
+    os._exit(exit_code(signum))
