@@ -22,7 +22,9 @@ from ckptstore.engine.saver import Durable, Tools
 from ckptstore.engine.workers import Progress, cores
 from ckptstore.errors import (
     CheckpointError,
+    ExistsError,
     FormatError,
+    IntegrityError,
     NotFoundError,
     StaleWriterError,
     StateError,
@@ -37,6 +39,7 @@ from ckptstore.maintenance.replicate import Replicator
 from ckptstore.maintenance.retainer import Retainer
 from ckptstore.maintenance.retire import judged, refuse_many, retire
 from ckptstore.maintenance.scrub import Scrubber
+from ckptstore.maintenance.verify import proven
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Storage
 from ckptstore.units import duration_s
@@ -260,6 +263,46 @@ class Store(View):
         if mode == "sync":
             return self._dispatcher.save(captured, facts, durable, progress)
         return self._dispatcher.save_behind(captured, facts, durable, progress, mode=mode, began=began)
+
+    def rollback(self, selector: str, *, progress: Progress | None = None) -> Checkpoint:
+        """Make what an older checkpoint holds the ``latest`` again: save it anew, without its bytes.
+
+        The new checkpoint borrows the files of the old one, with its step, epoch, metrics and modes; why that was saved
+        stays with it. Nothing is deleted, and the newer ones stay. Whatever can't be borrowed, as what lies only in a
+        backup, is copied. It takes over the store as any save: a run that still saves there is told so, by a
+        ``StaleWriterError`` at its next save.
+
+        Args:
+            selector: see ``resolve``.
+            progress: called with (bytes done, bytes in all) while the old one is read.
+
+        Raises:
+            ExistsError: it is the latest already.
+            NotFoundError: no such checkpoint.
+            IntegrityError: it is damaged; nothing was saved.
+            SaveFailedError, CommitUnknownError, StaleWriterError, UnavailableError: as ``save``.
+        """
+        self._check_writable()
+        self._dispatcher.background.settle()
+        catalogue = self._finder.view()
+        old = self._finder.select(catalogue, selector)
+        if old.id == catalogue.checkpoints[-1].id:
+            raise ExistsError(f"{old.id} is the latest already", id=old.id, step=old.step)
+        home = self._finder.home(old)
+        try:
+            past = proven(home, catalogue, old, self._tools.pool, self._tools.threads, progress)
+        except IntegrityError:
+            # Deleted and reclaimed while it was read: that is no damage.
+            keeping.check_unburied(home, old)
+            raise
+        reasons = [f"rollback to {old.id}"]
+        return self._dispatcher.repeat(
+            past,
+            Facts(old.step, old.epoch, dict(old.metrics), dict(old.modes), reasons),
+            lambda file, key: self._carrier.carry(past, file, home, self._storage, key),
+            lies_here=home is self._storage,
+            durable=self._durable,
+        )
 
     def _begin_change(self) -> None:
         self._check_writable()

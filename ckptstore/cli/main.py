@@ -21,6 +21,7 @@ _HOMES = {
     "release": "hold",
     "delete": "delete",
     "undelete": "delete",
+    "rollback": "rollback",
     "prune": "prune",
     "signal": "signal",
     "bench": "bench",

@@ -54,10 +54,7 @@ class Lender:
         # Several ranks may have files of one name.
         if len(contents.parts) != 1:
             return None
-        # Its process may have died before its own look: only an owner whose record is there even now, after its commit,
-        # can't be in the hands of somebody who doesn't know that it borrows.
-        found = [file for file in files if file.entry.name in wanted]
-        kept = [f for f in found if f.entry.owner == record.id or _is_committed(storage, f.entry.owner)]
+        kept = [f for f in files if f.entry.name in wanted and may_be_lent(storage, record, f.entry)]
         good = [file.entry for file in kept if _is_whole(storage, contents, file, pool, threads)]
         return cls.of(record, contents.digest, good)
 
@@ -74,6 +71,18 @@ def _is_whole(storage: Storage, contents: Contents, file: DataFile, pool: Buffer
     except (IntegrityError, FormatError):
         return False
     return True
+
+
+def may_be_lent(storage: Storage, record: CommitRecord, file: FileEntry) -> bool:
+    """Whether ``file`` of a checkpoint of an earlier process may be borrowed from it.
+
+    That process may have died before its own look: only an owner whose record is there even now, after that commit,
+    can't be in the hands of somebody who doesn't know that it borrows.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    return file.owner == record.id or _is_committed(storage, file.owner)
 
 
 def owners(id: CheckpointId, files: Sequence[FileEntry]) -> list[str]:

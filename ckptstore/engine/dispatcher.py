@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -15,13 +16,25 @@ from ckptstore.engine.claim import Claim
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.plan import Change
+from ckptstore.engine.reader import Contents, DataFile
 from ckptstore.engine.saver import Captured, Durable, Job, Saver, Tools
 from ckptstore.engine.stage import Stage
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import SaveFailedError, StorageError
+from ckptstore.format.records import StoreRecord
 
 if TYPE_CHECKING:
     from ckptstore.state.capture import Snapshot
+
+
+@contextmanager
+def _nothing_written(step: int) -> Iterator[None]:
+    """What fails in the block fails a save that wasn't begun."""
+    try:
+        yield
+    except StorageError as error:
+        message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
+        raise SaveFailedError(message, step=step) from error
 
 
 class Dispatcher:
@@ -100,7 +113,7 @@ class Dispatcher:
         with self.lock:
             # Again: capturing takes time, in which another thread may have closed the store.
             self._check_writable()
-            try:
+            with _nothing_written(step):
                 # Looked at once, for both.
                 view = cache(self._finder.view)
                 store, id = self.claim.next_id(step, view)
@@ -108,13 +121,41 @@ class Dispatcher:
                     # Only from what lies here can anything be borrowed.
                     own = self._finder.scan if self._finder.backups else view
                     self._lender = self._earlier_lender(stage, step, own)
-            except StorageError as error:
-                message = f"step {step} was not saved: {error}. Older checkpoints are untouched"
-                raise SaveFailedError(message, step=step) from error
-            another_id = lambda: self.claim.next_id(step, self._finder.view)[1]  # noqa: E731
-            saver = Saver(self._tools, store, self._lender, self.claim.check_fence, another_id)
-            self._lender = saver.save(id, job, stage)
+            self._lender = self._saver(store, self._lender, step).save(id, job, stage)
             return Checkpoint.of(self._lender.record)
+
+    def repeat(
+        self,
+        past: Contents,
+        facts: Facts,
+        carry: Callable[[DataFile, str], None],
+        *,
+        lies_here: bool,
+        durable: Durable,
+    ) -> Checkpoint:
+        """Save anew, as the newest checkpoint, what ``past`` holds, which was proven.
+
+        Args:
+            carry: as ``Saver.repeat``.
+            lies_here: it can be borrowed from.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
+        """
+        with self.lock:
+            self._check_writable()
+            with _nothing_written(facts.step):
+                store, id = self.claim.next_id(facts.step, self._finder.view)
+            files = [file.entry for file in past.files]
+            lender = Lender.of(past.commit, past.digest, files) if lies_here else None
+            self._lender = self._saver(store, lender, facts.step).repeat(id, past, facts, carry)
+            checkpoint = Checkpoint.of(self._lender.record)
+        self._committed(checkpoint, durable)
+        return checkpoint
+
+    def _saver(self, store: StoreRecord, lender: Lender | None, step: int) -> Saver:
+        another_id = lambda: self.claim.next_id(step, self._finder.view)[1]  # noqa: E731
+        return Saver(self._tools, store, lender, self.claim.check_fence, another_id)
 
     def _earlier_lender(self, stage: Stage, step: int, scan: Callable[[], Catalogue]) -> Lender | None:
         """The newest checkpoint of an earlier process, if its files may be of use."""

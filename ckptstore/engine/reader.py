@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
 from ckptstore.engine.workers import Meter, Progress, run
@@ -66,7 +66,7 @@ class Contents:
     """What a checkpoint holds, after manifest and parts were proven against the commit record."""
 
     commit: CommitRecord
-    digest: str
+    digest: Literal["blake3", "sha256"]
     parts: Sequence[PartRecord]
 
     @cached_property

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from ckptstore.engine.borrow import Lender, check_files, is_safe, owners
+from ckptstore.engine.borrow import Lender, check_files, is_safe, may_be_lent, owners
 from ckptstore.engine.buffers import BufferPool, StagingArea
 from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import bury, commit
 from ckptstore.engine.compressor import Compressor
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
+from ckptstore.engine.reader import Contents, DataFile
 from ckptstore.engine.stage import Stage, StateMoved
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.engine.writer import equals, write_files
@@ -91,6 +92,16 @@ class Tools:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a commit record tells, besides what its files tell."""
+
+    facts: Facts
+    parameters: int
+    tensors: int
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be saved, and why."""
 
@@ -98,6 +109,10 @@ class Job:
     facts: Facts
     durable: Durable = "primary"
     progress: Progress | None = None
+
+    @property
+    def told(self) -> Told:
+        return Told(self.facts, self.state.parameters, len(self.state.sources))
 
 
 @dataclass(frozen=True)
@@ -125,14 +140,14 @@ class Saver:
             StateMoved: a tensor was written to while it was read in place; nothing is left of this attempt.
         """
         # The record has a size limit: better told now than after writing the data.
-        seal(self._record(id, job, [], _UNKNOWN))
+        seal(self._record(id, job.told, [], _UNKNOWN))
         files: list[FileEntry] = []
 
         def write() -> Sealed256:
             files.extend(self._files(id, job, stage))
-            return self._describe(id, job, files)
+            return self._describe(id, self.store.digest, [_part(id, job, files)])
 
-        record = self._commit(id, job, files, write, last_look=stage.check)
+        record = self._commit(id, job.told, files, write, last_look=stage.check)
         borrowed = [file for file in files if file.owner != str(id)]
         if borrowed and self.lender is not None and not self._is_safe(id, self.lender, borrowed):
             record, files = self._rewrite(record, job, stage.plan, files)
@@ -214,34 +229,74 @@ class Saver:
                 )
             found = own | {entry.name: entry for entry in fresh}
             entries.extend(found[file.name] for file in files)
-            return self._describe(again, job, entries)
+            return self._describe(again, self.store.digest, [_part(again, job, entries)])
 
         lost = "the checkpoint from which it borrowed was deleted while it was saved"
         try:
-            record = self._commit(again, job, entries, write, last_look=lambda: None)
+            record = self._commit(again, job.told, entries, write, last_look=lambda: None)
             broken = Lender.of(first, self.store.digest, files)
             if own and not self._is_safe(again, broken, list(own.values())):
-                with contextlib.suppress(ExistsError):
-                    bury(self.tools.storage, again, self.store.store_id, lost)
+                self._bury(again, lost)
                 raise SaveFailedError(f"{again} was not saved: {lost}; save again", id=str(again), step=again.step)
         finally:
-            with contextlib.suppress(ExistsError):
-                bury(self.tools.storage, id, self.store.store_id, lost)
+            self._bury(id, lost)
         return record, entries
+
+    def _bury(self, id: CheckpointId, reason: str) -> None:
+        with contextlib.suppress(ExistsError):
+            bury(self.tools.storage, id, self.store.store_id, reason)
+
+    def repeat(self, id: CheckpointId, past: Contents, facts: Facts, carry: Callable[[DataFile, str], None]) -> Lender:
+        """Commit as ``id`` what ``past`` holds, borrowing from it where it is the lender; the next one's lender.
+
+        Args:
+            carry: writes a data file of ``past`` under another key: those that can't be borrowed.
+
+        Raises:
+            SaveFailedError, CommitUnknownError, StaleWriterError: as ``save``.
+        """
+        files: list[FileEntry] = []
+
+        def write() -> Sealed256:
+            parts = [self._repeated(id, past, part, carry) for part in past.parts]
+            files.extend(file for part in parts for file in part.files)
+            return self._describe(id, past.digest, parts)
+
+        record, lender = past.commit, self.lender
+        told = Told(facts, record.parameters, record.tensors, record.world_size)
+        made = self._commit(id, told, files, write, last_look=lambda: None)
+        borrowed = [file for file in files if file.owner != str(id)]
+        if borrowed and lender is not None and not self._is_safe(id, lender, borrowed):
+            lost = f"{lender.id}, from which it borrows, was deleted meanwhile"
+            self._bury(id, lost)
+            raise SaveFailedError(f"{id} was not saved: {lost}", id=str(id), step=id.step)
+        return Lender.of(made, past.digest, files)
+
+    def _repeated(
+        self, id: CheckpointId, past: Contents, part: PartRecord, carry: Callable[[DataFile, str], None]
+    ) -> PartRecord:
+        sources, files = {file.key: file for file in past.files}, []
+        for entry in part.files:
+            file = entry
+            if self.lender is None or not may_be_lent(self.tools.storage, self.lender.record, entry):
+                file = entry.model_copy(update={"owner": str(id)})
+                carry(sources[entry.key], file.key)
+            files.append(file)
+        return part.model_copy(update={"id": str(id), "files": files})
 
     # -- the order that every commit follows -------------------------------------------------------------
 
     def _commit(
         self,
         id: CheckpointId,
-        job: Job,
+        told: Told,
         files: Sequence[FileEntry],
         write: Callable[[], Sealed256],
         last_look: Callable[[], None],
     ) -> CommitRecord:
         try:
             manifest = write()
-            record = self._record(id, job, files, manifest)
+            record = self._record(id, told, files, manifest)
             # Its numbers are longer now than in the first try.
             seal(record)
             check_files(self.tools.storage, id, files)
@@ -268,33 +323,38 @@ class Saver:
         with contextlib.suppress(CheckpointError):
             discard(self.tools.storage, id)
 
-    def _describe(self, id: CheckpointId, job: Job, files: Sequence[FileEntry]) -> Sealed256:
-        """Write part and manifest; size and digest of the manifest."""
-        with collector_paused():
-            part = to_json(PartRecord(id=str(id), rank=0, files=list(files), tree=job.state.tree))
-        if len(part) > PART_LIMIT:
-            raise StateError(
-                f"{id} was not saved: what is no tensor takes {len(part)} bytes of JSON, tensor tables included, "
-                f"and {PART_LIMIT} can be loaded again: store long lists and texts as tensors, arrays or bytes",
-                id=str(id),
-                step=id.step,
-            )
-        self.tools.storage.create(layout.part_key(id, 0), part)
+    def _describe(
+        self, id: CheckpointId, digest: Literal["blake3", "sha256"], parts: Sequence[PartRecord]
+    ) -> Sealed256:
+        """Write parts and manifest; size and digest of the manifest."""
         manifest = to_json(
             ManifestRecord(
                 store_id=self.store.store_id,
                 id=str(id),
-                digest=self.store.digest,
+                digest=digest,
                 block_bytes=BLOCK_BYTES,
-                world_size=1,
-                parts=[PartEntry(rank=0, size=len(part), sha256=sha256(part))],
+                world_size=len(parts),
+                parts=[self._put(id, part) for part in parts],
             )
         )
         self.tools.storage.create(layout.manifest_key(id), manifest)
         return Sealed256(size=len(manifest), sha256=sha256(manifest))
 
-    def _record(self, id: CheckpointId, job: Job, files: Sequence[FileEntry], manifest: Sealed256) -> CommitRecord:
-        facts = job.facts
+    def _put(self, id: CheckpointId, part: PartRecord) -> PartEntry:
+        with collector_paused():
+            data = to_json(part)
+        if len(data) > PART_LIMIT:
+            raise StateError(
+                f"{id} was not saved: what is no tensor takes {len(data)} bytes of JSON, tensor tables included, "
+                f"and {PART_LIMIT} can be loaded again: store long lists and texts as tensors, arrays or bytes",
+                id=str(id),
+                step=id.step,
+            )
+        self.tools.storage.create(layout.part_key(id, part.rank), data)
+        return PartEntry(rank=part.rank, size=len(data), sha256=sha256(data))
+
+    def _record(self, id: CheckpointId, told: Told, files: Sequence[FileEntry], manifest: Sealed256) -> CommitRecord:
+        facts = told.facts
         return validate(
             CommitRecord,
             {
@@ -306,18 +366,23 @@ class Saver:
                 "modes": facts.modes,
                 "reasons": list(facts.reasons),
                 "created": now(),
-                "parameters": job.state.parameters,
-                "tensors": len(job.state.sources),
+                "parameters": told.parameters,
+                "tensors": told.tensors,
                 "files": len(files),
                 "raw_bytes": sum(block.raw for file in files for block in file.blocks),
                 "stored_bytes": sum(file.stored_bytes for file in files),
                 "borrowed_bytes": sum(file.stored_bytes for file in files if file.owner != str(id)),
-                "world_size": 1,
+                "world_size": told.ranks,
                 "manifest": manifest,
                 "lenders": owners(id, files),
             },
             f"the record of {id}",
         )
+
+
+def _part(id: CheckpointId, job: Job, files: Sequence[FileEntry]) -> PartRecord:
+    with collector_paused():
+        return PartRecord(id=str(id), rank=0, files=list(files), tree=job.state.tree)
 
 
 def discard(storage: Storage, id: CheckpointId) -> None:

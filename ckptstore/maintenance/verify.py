@@ -128,6 +128,36 @@ def prove(
     return [prover.checkpoint(c) for c in chosen]
 
 
+def proven(
+    storage: Storage,
+    catalogue: Catalogue,
+    checkpoint: Checkpoint,
+    pool: BufferPool,
+    threads: int,
+    progress: Progress | None,
+) -> Contents:
+    """What ``checkpoint`` holds, after every byte of it was read.
+
+    Raises:
+        IntegrityError: it is damaged.
+        StorageError: the storage can't be read; that is no damage.
+    """
+    report = verify(
+        storage, catalogue, [checkpoint], entries=None, sample=1.0, pool=pool, threads=threads, progress=progress
+    )
+    if damages := report.damages:
+        first, more = damages[0], f", and {len(damages) - 1} more" if len(damages) > 1 else ""
+        raise IntegrityError(
+            f"{checkpoint.id} is damaged: {first.problem}{more}. Choose another one, or repair it from a backup: "
+            "verify(repair=True)",
+            id=checkpoint.id,
+            step=checkpoint.step,
+            key=first.key,
+            block=first.block,
+        )
+    return read_contents(storage, checkpoint.record)
+
+
 def _is_left(storage: Storage, leftover: Leftover) -> bool:
     """Whether some of it still lies there: it may have been reclaimed while the store was listed and read."""
     id = leftover.order

@@ -23,6 +23,7 @@ COMMANDS = {
     "release": ("name",),
     "delete": ("latest", "--yes"),
     "undelete": ("0001",),
+    "rollback": ("step:10",),
     "prune": (),
     "signal": ("save",),
     "bench": ("--size", "2MB"),
