@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptstore.errors import (
         CheckpointError,
         CommitUnknownError,
+        DivergedError,
         ExistsError,
         FormatError,
         IntegrityError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ckptstore.policy.budget import budget
     from ckptstore.policy.epochs import epoch_plan
     from ckptstore.policy.events import on_best
+    from ckptstore.policy.guard import diverged
     from ckptstore.policy.judge import Judgement, Verdict
     from ckptstore.policy.plan import Plan, foresee
     from ckptstore.policy.progress import Costs, Length, Past, Progress
@@ -73,6 +75,7 @@ __all__ = [
     "Costs",
     "Damage",
     "DamageWarning",
+    "DivergedError",
     "ExistsError",
     "Failed",
     "FallbackWarning",
@@ -110,6 +113,7 @@ __all__ = [
     "at_most",
     "best",
     "budget",
+    "diverged",
     "epoch_plan",
     "epochs",
     "every",
@@ -138,6 +142,7 @@ _HOMES = {
     "ckptstore.policy.budget": ("budget",),
     "ckptstore.policy.epochs": ("epoch_plan",),
     "ckptstore.policy.events": ("on_best",),
+    "ckptstore.policy.guard": ("diverged",),
     "ckptstore.policy.judge": ("Judgement", "Verdict"),
     "ckptstore.policy.plan": ("Plan", "foresee"),
     "ckptstore.policy.progress": ("Costs", "Length", "Past", "Progress"),

@@ -12,6 +12,7 @@
     ├── IntegrityError                          bytes differ: .key .block .expected .actual
     ├── SaveFailedError                         certainly not committed: save again
     ├── CommitUnknownError                      may or may not exist: store.resolve(id) settles it
+    ├── DivergedError                           training went astray: go on from .id, before it did
     └── StorageError     (+OSError)             the backend failed: .transient, .outcome
         ├── StorageFullError                    no space left
         └── UnavailableError                    can't be reached now: retry later
@@ -26,6 +27,7 @@ from typing import Any, ClassVar, Literal
 __all__ = [
     "CheckpointError",
     "CommitUnknownError",
+    "DivergedError",
     "ExistsError",
     "FormatError",
     "IntegrityError",
@@ -162,6 +164,12 @@ class CommitUnknownError(CheckpointError):
     """The commit may or may not have taken effect; nothing was deleted. ``store.resolve(id)`` settles it."""
 
     code = "commit_unknown"
+
+
+class DivergedError(CheckpointError):
+    """Training has gone astray. ``id`` and ``step`` are the last good checkpoint's, where there is one."""
+
+    code = "diverged"
 
 
 class StorageError(CheckpointError, OSError):

@@ -18,6 +18,7 @@ TREE = {
     "IntegrityError": ("CheckpointError", Exception, "integrity"),
     "SaveFailedError": ("CheckpointError", Exception, "save_failed"),
     "CommitUnknownError": ("CheckpointError", Exception, "commit_unknown"),
+    "DivergedError": ("CheckpointError", Exception, "diverged"),
     "StorageError": ("CheckpointError", OSError, "storage"),
     "StorageFullError": ("StorageError", OSError, "storage_full"),
     "UnavailableError": ("StorageError", OSError, "unavailable"),
