@@ -13,9 +13,11 @@ from ckptstore.policy.progress import is_number
 _SHORT, _LONG = 0.1, 0.01
 """What a new value weighs in the short mean and in the long ones."""
 _REACH = 1.2
-"""Values count for the short mean up to this many times the line, as long as it takes 17 of them to draw it over."""
+"""Values count for the short mean up to this many times the line, so that it takes about 20 to draw it over."""
 _LEARNT = 2.0
 """Values count for the long means up to this many deviations on the bad side."""
+_BETTER = 5.0
+"""Values count for all means up to this many times the line on the good side: any loss that falls, but no outlier."""
 _FLOOR, _FLOOR_EVER = 3e-2, 1e-4
 """The least deviation, relative to the long mean and to the highest that it ever was: a rise by less than 30 % is far
 in no run, nor is rounding noise where a loss is as good as zero."""
@@ -75,11 +77,12 @@ def diverged(metric: str = "loss", *, far: float = 10.0, after: int = 100, mode:
     far values lie from the short mean, and at least 3 % of the long mean and 0.01 % of the highest that it ever was.
 
     No single value, however bad, is a divergence unless it is nan or infinite: for the short mean values count up to
-    1.2 times the line, so that 17 in a row have to lie over it. For the long ones they count up to 2 deviations on the
-    bad side, so that a blow-up doesn't become usual. What gets worse more slowly than these can follow isn't found.
+    1.2 times the line, so that about 20 in a row have to lie over it. For the long ones they count up to 2 deviations on
+    the bad side, so that a blow-up doesn't become usual. What gets worse more slowly than these can follow isn't found.
 
-    A loss with noise up to a twentieth of it that triples, or jumps back to where it began (at least twice of what it
-    is), is found within 40 steps, one that grows by 5 % a step within 80, by 1 % a step within 250.
+    Where a loss with noise up to a twentieth of it has moved little for 500 steps, and then triples or jumps back to
+    where it began (twice what it is, or more), this is found within 30 steps; where it grows by 5 % a step within 40, by
+    1 % a step within 80. It takes longer while a loss still falls fast, or is noisier.
 
     Args:
         metric: its name, as it is reported.
@@ -162,13 +165,12 @@ class Watch:
     def _learn(self, worse: float, line: float, unit: float) -> None:
         self._seen += 1
         first = 1 / self._seen
-        seen = min(max(worse, self._long - _REACH * line), self._long + _REACH * line)
-        self._short += max(_SHORT, first) * (seen - self._short)
+        worse = max(worse, self._long - _BETTER * line)
+        self._short += max(_SHORT, first) * (min(worse, self._long + _REACH * line) - self._short)
         # From the short mean, or a loss that falls would seem to deviate.
         away = min(abs(worse - self._short), _LEARNT * unit)
         self._deviation += max(_LONG, first) * (away - self._deviation)
-        seen = min(max(worse, self._long - line), self._long + _LEARNT * unit)
-        self._long += max(_LONG, first) * (seen - self._long)
+        self._long += max(_LONG, first) * (min(worse, self._long + _LEARNT * unit) - self._long)
         self._highest = max(self._highest, abs(self._long))
 
     def _found(self, step: int, value: float, why: str) -> Divergence:
