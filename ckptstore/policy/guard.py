@@ -77,12 +77,12 @@ def diverged(metric: str = "loss", *, far: float = 10.0, after: int = 100, mode:
     far values lie from the short mean, and at least 3 % of the long mean and 0.01 % of the highest that it ever was.
 
     No single value, however bad, is a divergence unless it is nan or infinite: for the short mean values count up to
-    1.2 times the line, so that about 20 in a row have to lie over it. For the long ones they count up to 2 deviations on
-    the bad side, so that a blow-up doesn't become usual. What gets worse more slowly than these can follow isn't found.
+    1.2 times the line, so that about 20 in a row have to lie over it. For the long ones they count up to 2 deviations
+    on the bad side, so that a blow-up doesn't become usual. What gets worse more slowly than these follow isn't found.
 
     Where a loss with noise up to a twentieth of it has moved little for 500 steps, and then triples or jumps back to
-    where it began (twice what it is, or more), this is found within 30 steps; where it grows by 5 % a step within 40, by
-    1 % a step within 80. It takes longer while a loss still falls fast, or is noisier.
+    where it began (twice what it is, or more), this is found within 30 steps; where it grows by 5 % a step within 40,
+    by 1 % a step within 80. It takes longer while a loss still falls fast, and isn't found with noise of a fifth.
 
     Args:
         metric: its name, as it is reported.

@@ -157,8 +157,22 @@ def test_only_worse_is_far() -> None:
     assert "lately -" in down.why
 
 
+def test_a_good_value_among_bad_ones() -> None:
+    """Doesn't make the step a good one."""
+    found = first([2.0] * 1000 + [9.0] * 12 + [2.0] + [9.0] * 30)
+    assert found is not None
+    assert (found.step > 1014, found.since) == (True, 1000)
+
+
+def test_a_level_that_was_left_is_forgotten() -> None:
+    """However high it was, a loss that triples 700 steps later is found."""
+    found = first([10.0] * 200 + [0.1] * 700 + [0.3] * 30)
+    assert found is not None
+    assert found.since == 900
+
+
 def test_an_outlier_to_the_good_side() -> None:
-    """However good, what follows isn't far from it, and a blow-up is found as soon as else."""
+    """However good, what follows isn't far from it, and a blow-up is still found."""
     steady = [2 + 0.01 * math.sin(step) for step in range(1000)]
     assert first([*steady, -1e6, *steady, 1e-9, *steady]) is None
     found = first([*steady, -1e6, *steady[:30], *[6.0] * 30])
@@ -182,7 +196,7 @@ def test_constant_losses() -> None:
     """Rounding noise isn't far, about whatever value; nor is what comes and goes after nothing but zeros."""
     for value in (0.0, 2.0, -3.0, 1e-30, 1e200):
         assert first(value * (1 + 1e-7 * (step % 7)) for step in range(2000)) is None
-    assert first([5 * 0.9**step for step in range(500)] + [1e-6 * (step % 3) for step in range(2000)]) is None
+    assert first([5 * 0.9**step for step in range(3000)] + [1e-6 * (step % 3 + 1) for step in range(2000)]) is None
     assert first([0.0] * 500 + [0.0, 0.0, 0.0, 0.1] * 500) is None
     assert first([0.0] * 500 + [1.0] * 30) is not None
 
