@@ -11,15 +11,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ckptstore.errors import FormatError
+from ckptstore.policy.guard import Divergence
 from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 from ckptstore.units import count_text, duration_s
 
 if TYPE_CHECKING:
     import apprise
 
-Kind: TypeAlias = Literal["saved", "best", "failed", "resumed", "closed"]
+Kind: TypeAlias = Literal["saved", "best", "failed", "diverged", "resumed", "closed"]
 
-_KINDS = ("saved", "best", "failed", "resumed", "closed")
+_KINDS = ("saved", "best", "failed", "diverged", "resumed", "closed")
 _WAITING = 100
 """More messages than this nobody reads, once the service answers again."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,15})://")
@@ -54,7 +55,7 @@ class Notifier(Listener):
     """
 
     def __init__(
-        self, *urls: str, on: Kind | Iterable[Kind] = ("failed", "best", "closed"), wait: float | str = 5.0
+        self, *urls: str, on: Kind | Iterable[Kind] = ("failed", "best", "diverged", "closed"), wait: float | str = 5.0
     ) -> None:
         self._on = _kinds(on)
         self._wait_s = min(duration_s(wait, "wait"), threading.TIMEOUT_MAX)
@@ -82,6 +83,10 @@ class Notifier(Listener):
         then = "Training ends." if event.fatal else "Training goes on; older checkpoints are untouched."
         title = f"saving step {event.step} failed"
         self._tell("failed", "failure" if event.fatal else "warning", title, f"{event}\n{then}")
+
+    def on_diverged(self, event: Divergence) -> None:
+        """Says why the run ends."""
+        self._tell("diverged", "failure", f"training has diverged at step {event.step}", str(event))
 
     def on_resumed(self, event: Resumed) -> None:
         """Says from where, and what differs."""

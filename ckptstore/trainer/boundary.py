@@ -27,6 +27,7 @@ from ckptstore.trainer import parts
 from ckptstore.trainer.data import Feeds
 from ckptstore.trainer.decisions import Decisions, Evaluations, past_fields
 from ckptstore.trainer.events import Failed, Listener, Resumed, Saved
+from ckptstore.trainer.guarding import Guard, error_of
 from ckptstore.trainer.reports import Reports
 from ckptstore.trainer.run import PART, Counters, Run, progress_fields
 from ckptstore.trainer.saving import Facts, Saving
@@ -84,6 +85,7 @@ class Boundary:
         self._counts_parameters = any(
             isinstance(part, Milestones) and part.of == "params" for part in parts_of(schedule or AnyOf(()))
         )
+        self._guard: Guard | None = None
         self._hyperparameters: dict[str, Any] = {}
         self._modes: dict[str, Literal["min", "max"]] = {}
         self._resumed: Resumed | None = None
@@ -143,6 +145,19 @@ class Boundary:
                 "none; resume(False) insists on a fresh start",
                 path="",
             )
+
+    def _see(self, step: int, values: Mapping[str, Any]) -> None:
+        """Look whether training has gone astray, by what was measured of the state after ``step`` steps.
+
+        Raises:
+            DivergedError: it has.
+        """
+        found = self._guard.see(step, values) if self._guard is not None else None
+        if found is not None:
+            # What is wrong is not worth a checkpoint.
+            self._undecided = False
+            self._tell("on_diverged", found)
+            raise error_of(found, self.store)
 
     def _is_changing(self) -> bool:
         """Whether an optimizer has begun a step that is not counted yet."""
@@ -233,6 +248,7 @@ class Boundary:
             "past": past_fields(self._decisions.after(now, reasons)),
             "best": dict(self._reports.best),
             "hyperparameters": self._hyperparameters,
+            "guard": self._guard.watch.state_dict() if self._guard is not None else {},
         }
         facts = Facts(
             step=now.step,
@@ -298,7 +314,7 @@ class Boundary:
             self.close()
             return
         try:
-            self._end(final=False)
+            self._end(final=False, broken=True)
         except CheckpointError as failed:
             # What happened inside the block is the cause that its reader looks for.
             error.add_note(f"besides, saving failed: {failed}")
@@ -317,12 +333,12 @@ class Boundary:
             if self._signals.stop is not None:
                 raise SystemExit(exit_code(self._signals.stop))
 
-    def _end(self, *, final: bool) -> None:
+    def _end(self, *, final: bool, broken: bool = False) -> None:
         if self._closed:
             return
         try:
             if self._resumed is not None:
-                self._save_the_end(final=final)
+                self._save_the_end(final=final, broken=broken)
         finally:
             self._closed = True
             self._signals.restore()
@@ -336,10 +352,13 @@ class Boundary:
                     self._say(str(stats))
                 self._tell("on_closed", stats)
 
-    def _save_the_end(self, *, final: bool) -> None:
+    def _save_the_end(self, *, final: bool, broken: bool) -> None:
         with suppress(SaveFailedError):
             # One that failed is made up for by the last one.
             self._collect(wait=True)
+        if broken and self._pass_end is not None:
+            # In the midst of an evaluation: it will be made again, from where it began.
+            RNG().load_state_dict(self._pass_end)
         is_still = not (self._is_changing() or self._window_open)
         unsaved = self._is_unsaved()
         reasons = self._pending() if is_still else []

@@ -18,6 +18,7 @@ from ckptstore.engine.saver import Durable
 from ckptstore.errors import FormatError, NoCheckpointError, StateError
 from ckptstore.opening import Place
 from ckptstore.opening import open as open_store
+from ckptstore.policy.guard import Diverged
 from ckptstore.policy.progress import Length
 from ckptstore.policy.schedule import Schedule
 from ckptstore.policy.text import parse_schedule
@@ -29,6 +30,7 @@ from ckptstore.trainer import parts, resuming
 from ckptstore.trainer.boundary import Boundary, Limits
 from ckptstore.trainer.decisions import Evaluations, past_of
 from ckptstore.trainer.events import Failed, Hooks, Listener, Resumed, Saved, Stats
+from ckptstore.trainer.guarding import Guard
 from ckptstore.trainer.run import PART
 from ckptstore.units import duration_s
 
@@ -72,6 +74,7 @@ class Checkpointer(Boundary):
         mode: SaveMode = "overlapped",
         when_busy: Literal["wait", "skip"] = "wait",
         final: bool = True,
+        stop_on: Diverged | None = None,
         max_failures: int = 3,
         retry: float | str = "1m",
         signals: bool = True,
@@ -101,6 +104,8 @@ class Checkpointer(Boundary):
             mode: how to save, as for ``Store.save``.
             when_busy: what to do with a save that is due while one is running: "wait" for its end, or "skip" it.
             final: whether the end of the run is saved in any case.
+            stop_on: when to take training for lost, as ``diverged("loss")``: it ends with a ``DivergedError``, which
+                names the last good checkpoint.
             max_failures: after so many failed saves in a row the run ends with the last one's error.
             retry: how long after a failed save what is still asked for is tried again.
             signals: whether SIGTERM, SIGINT and SIGUSR1 are minded, from ``resume`` to ``close``.
@@ -140,6 +145,7 @@ class Checkpointer(Boundary):
         self._own_store = opened is not store
         self._evaluations = Evaluations(evaluating, length)
         self._include = self._run.include = include
+        self._guard = Guard(stop_on) if stop_on is not None else None
         self._skips = when_busy == "skip"
         self._final, self._verbose, self._minds_signals = final, verbose, signals
         self._hyperparameters, self._modes = dict(hyperparameters or {}), dict(modes or {})
@@ -277,6 +283,8 @@ class Checkpointer(Boundary):
         self._counters.go_on(saved["step"], saved["epoch"], saved["tokens"], saved["elapsed_s"])
         self._decisions.resume(past_of(facts.get("past", {}), self.progress))
         self._reports.best.update(facts.get("best", {}))
+        if self._guard is not None and facts.get("guard"):
+            self._guard.watch.load_state_dict(facts["guard"])
         return resuming.differences(facts.get("hyperparameters", {}), self._hyperparameters, "the value here is used")
 
     def _register(self) -> None:
@@ -366,6 +374,7 @@ class Checkpointer(Boundary):
         Raises:
             SaveFailedError: too many saves have failed.
             StaleWriterError: a newer run owns the store.
+            DivergedError: as ``stop_on`` says.
             SystemExit: a signal came, and the state is saved.
         """
         if self._resumed is None:
@@ -380,6 +389,9 @@ class Checkpointer(Boundary):
         if loss is not None:
             metrics["loss"] = loss
         if metrics:
+            if self._guard is not None:
+                # A loss is measured before the update that it leads to.
+                self._see(counters.step - 1, metrics)
             self._decisions.reported.update(self._reports.latest(metrics))
         for listener in self._on_step:
             listener(counters.step)
@@ -394,6 +406,8 @@ class Checkpointer(Boundary):
             StateError: one is no number.
         """
         self._require_resumed()
+        if self._guard is not None:
+            self._see(self._counters.step, metrics)
         self._decisions.reported.update(self._reports.add(metrics, self._modes))
         if not (self._undecided or self._window_open or self._is_changing()):
             self._decide()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import CheckpointError
+from ckptstore.policy.guard import Divergence
 from ckptstore.policy.progress import BEST
 from ckptstore.units import count_text, duration_text, rate_text, size_text
 
@@ -147,6 +148,9 @@ class Listener:
 
     def on_resumed(self, event: Resumed) -> None:
         """The run was resumed, or begins."""
+
+    def on_diverged(self, event: Divergence) -> None:
+        """Training has gone astray by ``stop_on``, and ends."""
 
     def on_step(self, step: int) -> None:
         """An optimizer step is done. Called for each one: it has to be quick."""

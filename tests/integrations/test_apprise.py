@@ -17,6 +17,7 @@ import pytest
 
 from ckptstore import FormatError
 from ckptstore.integrations.apprise import Notifier
+from ckptstore.policy.guard import Divergence
 from ckptstore.trainer.events import Resumed
 from tests.integrations.events import STATS, failed, resumed, saved
 
@@ -95,12 +96,13 @@ def tell_all(notifier: Notifier, place: Path) -> None:
     notifier.on_best(event)
     notifier.on_failed(failed())
     notifier.on_failed(failed(fatal=True))
+    notifier.on_diverged(Divergence(9, "loss", float("nan"), "is nan", 8))
     notifier.on_closed(STATS)
 
 
 def test_all_kinds_arrive_in_order(service: Service, tmp_path: Path) -> None:
     """With what is known of each."""
-    notifier = Notifier(service.url(), on=("saved", "best", "failed", "resumed", "closed"), wait="60s")
+    notifier = Notifier(service.url(), on=("saved", "best", "failed", "diverged", "resumed", "closed"), wait="60s")
     tell_all(notifier, tmp_path)
     assert service.titles == [
         "ckptstore: resumed from step 3",
@@ -108,6 +110,7 @@ def test_all_kinds_arrive_in_order(service: Service, tmp_path: Path) -> None:
         "ckptstore: best so far: val_loss 2.5",
         "ckptstore: saving step 6 failed",
         "ckptstore: saving step 6 failed",
+        "ckptstore: training has diverged at step 9",
         "ckptstore: the run has ended",
     ]
     bodies = [message["message"] for message in service.messages]
@@ -116,12 +119,14 @@ def test_all_kinds_arrive_in_order(service: Service, tmp_path: Path) -> None:
     assert "no space left" in bodies[3]
     assert "goes on" in bodies[3]
     assert "Training ends" in bodies[4]
-    assert "2 checkpoints saved, 1 save failed" in bodies[5]
+    assert "all was well until step 8" in bodies[5]
+    assert "2 checkpoints saved, 1 save failed" in bodies[6]
     assert [message["type"] for message in service.messages] == [
         "info",
         "info",
         "success",
         "warning",
+        "failure",
         "failure",
         "info",
     ]
@@ -272,7 +277,7 @@ def test_wrong_urls_are_refused(url: Any, log: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize("on", [(), "end", ("failed", "end"), None, [3]])
 def test_wrong_kinds_are_refused(on: Any) -> None:
     """Saying which there are."""
-    with pytest.raises(FormatError, match="saved, best, failed, resumed, closed"):
+    with pytest.raises(FormatError, match="saved, best, failed, diverged, resumed, closed"):
         Notifier("json://127.0.0.1", on=on)
 
 
