@@ -144,7 +144,7 @@ def test_only_what_is_asked_for(service: Service, tmp_path: Path, on: Any, count
 def test_by_default(service: Service, tmp_path: Path) -> None:
     """Failures, bests and the end."""
     tell_all(Notifier(service.url(), wait=60), tmp_path)
-    assert [title.split()[1] for title in service.titles] == ["best", "saving", "saving", "the"]
+    assert [title.split()[1] for title in service.titles] == ["best", "saving", "saving", "training", "the"]
 
 
 def test_a_fresh_start(service: Service) -> None:

@@ -98,6 +98,7 @@ class Program:
             batch_size=options.batch_size,
             shuffle=True,
             num_workers=options.workers,
+            multiprocessing_context="fork" if options.workers else None,
         )
         self.held_out = DataLoader(Numbers(8, noisy=False), batch_size=4, shuffle=True)
         self.out = Path(options.out)
