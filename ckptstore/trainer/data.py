@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.trainer import starts
+from ckptstore.trainer.indices import Twin, twin
 from ckptstore.trainer.positions import Position, parse
 from ckptstore.trainer.readings import (
     IndexReading,
@@ -97,7 +98,7 @@ class Feeds:
         self._said: set[str] = set()
         self._feeds: dict[str, _Feed] = {}
         self._last: _Feed | None = None
-        self._twins: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
+        self._twins: WeakKeyDictionary[DataLoader[Any], Twin] = WeakKeyDictionary()
         self._then: Mapping[str, Any] | None = None
         self._strict = False
 
@@ -195,7 +196,7 @@ class Feeds:
             "dataset": dataset_state(source),
             "first": feed.first,
             "again": feed.again,
-            "kept": isinstance(feed.reading, IndexReading) and feed.reading.twin._iterator is not None,
+            "kept": is_map_style(source) and source in self._twins,
         }
 
     def load_state_dict(self, state: dict[str, Any], then: Mapping[str, Any] | None) -> None:
@@ -234,8 +235,6 @@ class Feeds:
             _restore_rest(feed, source)
             reading.open()
         feed.rest = None
-        if isinstance(reading, IndexReading) and source.persistent_workers:
-            self._twins[source] = reading.twin
         feed.reading, feed.live, self._last = reading, True, feed
         feed.move((passes, reading, reading.batches, reading.samples))
         return reading
@@ -248,8 +247,10 @@ class Feeds:
         if is_stateful(source):
             reading = StatefulReading(source, feed.name, source)
         elif is_map_style(source):
-            kept = feed.rest is not None and feed.rest["kept"]
-            reading = IndexReading(source, feed.name, self._twins.get(source), kept)
+            copied = twin(source, self._twins.get(source))
+            if source.persistent_workers:
+                self._twins[source] = copied
+            reading = IndexReading(source, feed.name, copied, feed.rest is not None and feed.rest["kept"])
         elif _has_stateful_stream(source) and source.num_workers == 0:
             reading = StatefulReading(source, feed.name, source.dataset)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
@@ -135,20 +135,23 @@ class Indices:
         return getattr(self.sampler, name)
 
 
-def twin(loader: DataLoader[Any], previous: DataLoader[Any] | None) -> tuple[DataLoader[Any], Indices]:
-    """A copy of the loader that reads through ``Indices``; it goes on with the workers that ``previous`` kept."""
+class Twin(NamedTuple):
+    """A copy of a loader, and the indices that it reads through."""
+
+    loader: DataLoader[Any]
+    indices: Indices
+
+
+def twin(loader: DataLoader[Any], previous: Twin | None) -> Twin:
+    """A copy of the loader; it goes on with the workers that ``previous`` kept."""
     made = copy.copy(loader)
     fields = vars(made)
+    # The loader refuses to have its samplers set after it was made.
     slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    if previous is None:
-        indices = Indices(fields[slot], slot == "batch_sampler")
-        fields["_iterator"] = None
-    else:
-        indices = vars(previous)[slot]
-        fields["_iterator"] = previous._iterator
-    # The loader refuses to have them set after it was made.
+    indices = Indices(fields[slot], slot == "batch_sampler") if previous is None else previous.indices
     fields[slot] = indices
-    return made, indices
+    fields["_iterator"] = None if previous is None else previous.loader._iterator
+    return Twin(made, indices)
 
 
 def digest(batch: Any) -> str:

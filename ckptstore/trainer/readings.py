@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ckptstore.errors import IntegrityError, StateError
 from ckptstore.trainer import starts
-from ckptstore.trainer.indices import digest, twin
+from ckptstore.trainer.indices import Twin, digest
 
 Fields = dict[str, Any]
 
@@ -139,12 +139,13 @@ class IndexReading(Reading):
 
     kind = "indices"
 
-    def __init__(self, loader: DataLoader[Any], name: str, previous: DataLoader[Any] | None, kept: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], name: str, copied: Twin, kept: bool) -> None:
         super().__init__(loader, name)
-        self.twin, self._indices = twin(loader, previous)
+        self._twin: DataLoader[Any] | None = copied.loader
+        self._indices = copied.indices
         self._indices.stream, self._indices.skip = None, 0
         self._indices.entering = self._indices.ready = None
-        self._kept = self.twin._iterator is not None
+        self._kept = copied.loader._iterator is not None
         self._reset = self._kept or (kept and loader.persistent_workers)
         self._unused: Any = None
         self._check: Callable[[], None] = _nothing
@@ -158,7 +159,8 @@ class IndexReading(Reading):
         # Kept workers go on without the number that new ones draw: it is taken back where they are new only here.
         rewinding = self._reset and not self._kept
         self._indices.entering = self._rewind if rewinding else None
-        self._iterator = iter(self.twin)
+        assert self._twin is not None
+        self._iterator = iter(self._twin)
         stream = self._indices.stream
         if rewinding and stream is not None and not stream.begun:
             self._rewind()
@@ -225,6 +227,10 @@ class IndexReading(Reading):
         if stream is None or not stream.foreseeable:
             return super().is_over()
         return self.batches > 0 and stream.peek() is None
+
+    def close(self) -> None:
+        # Who owns the loader decides how long its workers live.
+        self._iterator, self._twin = iter(()), None
 
     def saved(self, batches: int, samples: int) -> Fields:
         fields = super().saved(batches, samples)

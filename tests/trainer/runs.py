@@ -59,16 +59,13 @@ class Run:
     """A process: it reads, steps, and dies after ``die_after`` steps with what it saved then."""
 
     def __init__(self, die_after: int | None = None) -> None:
-        self.feeds: Any = Feeds(self.say)
         self.said: list[str] = []
+        self.feeds: Any = Feeds(self.said.append)
         self.events: list[Event] = []
         self.steps = 0
         self.die_after = die_after
         self.epoch = 0
         self.saved: dict[str, Any] = {}
-
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
 
     def step(self, *event: Any) -> None:
         self.events.append((*event, drawn()))
