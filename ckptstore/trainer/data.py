@@ -222,8 +222,9 @@ class Feeds:
 
     def _begin(self, feed: _Feed, source: Any, nested: bool) -> Reading:
         passes, before, _, _ = feed.handed
+        if feed.reading is not None:
+            feed.reading.supersede()
         if isinstance(before, Reading):
-            before.supersede()
             passes += not before.nested  # its consumer left it early
         feed.meet(source)
         self._tell(source, feed.name)

@@ -56,6 +56,8 @@ def _running(running: Any, where: str) -> None:
         _count(epoch, "epochs", where)
     if kind == "state":
         _field(running, "state", where)
+        if _field(running, "own", where) is not None:
+            _dict(running["own"], "own", where)
         if _count(_field(running, "at", where), "at", where) > running["batches"]:
             raise FormatError(f"{where} is malformed: its state is of a later batch")
     if kind == "indices":

@@ -109,29 +109,36 @@ class StatefulReading(Reading):
         self._holder = holder
         self._at = 0
         self._state: Any = None
-        self._open = False
+        self._own: Fields | None = None
+        self._open = self._resumed = False
 
     def open(self) -> None:
         super().open()
         self._open = True
 
     def _continue(self, saved: Fields, strict: bool) -> None:
-        self._at, self._state = saved["at"], saved["state"]
+        self._at, self._state, self._own = saved["at"], saved["state"], saved["own"]
         if self._state is not None:
             load_state(self._holder, self._state, self.name)
         self._iterator = iter(self.source)
+        if self._own is not None:  # who takes its state may draw in another order than who went that way
+            starts.restore_own(self._own, self.source, self.name)
         self._read_over(saved["batches"] - self._at)
-        self._open = True
+        self._open = self._resumed = True
 
     def supersede(self) -> None:
         # From now on the state is that of the other pass.
         self._open = False
+        if self._resumed and getattr(self._holder, "_starting_state_dict", None) is not None:
+            # A stream of Hugging Face's would begin every further pass where it was resumed.
+            self._holder._starting_state_dict = None
 
     def saved(self, batches: int, samples: int) -> Fields:
         # Before its first batch an object may still tell the end of the pass before; from the start no state is needed.
         if self._open and 0 < batches == self.batches:
             self._at, self._state = batches, self._holder.state_dict()
-        return super().saved(batches, samples) | {"at": self._at, "state": self._state}
+            self._own = starts.own_states(self.source)
+        return super().saved(batches, samples) | {"at": self._at, "state": self._state, "own": self._own}
 
 
 class IndexReading(Reading):

@@ -58,12 +58,14 @@ def plain(batch: Any) -> Any:
 class Run:
     """A process: it reads, steps, and dies after ``die_after`` steps with what it saved then."""
 
-    def __init__(self, die_after: int | None = None) -> None:
+    def __init__(self, die_after: int | None = None, die_at_call: int | None = None) -> None:
         self.said: list[str] = []
         self.feeds: Any = Feeds(self.said.append)
         self.events: list[Event] = []
         self.steps = 0
         self.die_after = die_after
+        self.calls = 0
+        self.die_at_call = die_at_call
         self.epoch = 0
         self.saved: dict[str, Any] = {}
 
@@ -72,8 +74,17 @@ class Run:
         self.steps += 1
         self.feeds.stepped()
         if self.steps == self.die_after:
-            self.saved = {"feeds": self.feeds.state_dict(), "rng": RNG().state_dict(), "epoch": self.epoch}
-            raise Interrupted
+            self.die()
+
+    def between(self) -> None:
+        """Called before each batch: the other moment at which a run saves."""
+        self.calls += 1
+        if self.calls == self.die_at_call:
+            self.die()
+
+    def die(self) -> None:
+        self.saved = {"feeds": self.feeds.state_dict(), "rng": RNG().state_dict(), "epoch": self.epoch}
+        raise Interrupted
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.epoch = saved["epoch"]

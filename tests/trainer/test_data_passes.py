@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from ckptstore.errors import FormatError, IntegrityError, StateError
 from ckptstore.trainer.data import Feeds
-from tests.trainer.runs import Numbers, Run, run_killed, run_plain, run_resumed, run_whole, seeded
+from tests.trainer.runs import (
+    Interrupted,
+    Numbers,
+    Run,
+    run_killed,
+    run_plain,
+    run_resumed,
+    run_whole,
+    seeded,
+    through_store,
+)
 from tests.trainer.test_data import check_everywhere, epochs_over
 
 SIZE = 8
@@ -131,6 +144,90 @@ def test_an_evaluation_that_is_interrupted_within_a_pass_begins_anew_at_the_next
     assert state["sources"]["data"]["running"]["batches"] == 2
     assert len(list(resumed(state).batches(shuffled(batch_size=1), "held"))) == SIZE
     del training
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_dies_between_two_batches_continues(workers: int) -> None:
+    """Before any batch, also of the evaluation after an epoch's training, which then begins anew."""
+
+    def program(run: Run) -> None:
+        loader, held = shuffled(num_workers=workers), shuffled(batch_size=5)
+        while run.epoch < 2:
+            for batch in run.feeds.batches(loader, between=run.between):
+                run.step(batch.tolist())
+            for batch in run.feeds.batches(held, "held", between=run.between):
+                run.events.append(("held", batch.tolist()))
+            run.feeds.end_epoch()
+            run.epoch += 1
+
+    expected = run_plain(program)
+    for call in range(1, 14, 1 if workers == 0 else 3):
+        killed = Run(die_at_call=call)
+        seeded()
+        with pytest.raises(Interrupted):
+            program(killed)
+        done = [event for event in killed.events if event[0] != "held"] + ["held"] * 2 * killed.epoch
+        assert run_resumed(program, through_store(killed.saved)).events == expected[len(done) :], f"at call {call}"
+
+
+def test_generators_of_every_kind_that_samplers_own() -> None:
+    """NumPy's and Python's as well, wherever the sampler keeps them."""
+
+    class Own:
+        def __init__(self) -> None:
+            self.new, self.old, self.python = np.random.default_rng(1), np.random.RandomState(2), random.Random(3)
+
+        def __len__(self) -> int:
+            return SIZE
+
+        def __iter__(self) -> Iterator[int]:
+            for _ in range(SIZE):
+                yield (int(self.new.integers(SIZE)) + self.old.randint(SIZE) + self.python.randrange(SIZE)) % SIZE
+
+    check_everywhere(epochs_over(lambda: DataLoader(Numbers(SIZE), batch_size=3, sampler=Own())))
+
+
+def test_without_a_random_state_to_set_it_stays_what_it_was() -> None:
+    """Building the iterator draws nothing that is seen."""
+    feeds = Feeds(quiet)
+    taken(feeds, shuffled(), 1)
+    again = resumed(feeds.state_dict())
+    seeded(11)
+    expected = torch.rand(3)
+    seeded(11)
+    for _ in again.batches(shuffled()):
+        assert torch.equal(torch.rand(3), expected)
+        break
+
+
+@given(
+    count=st.integers(1, 30),
+    before=st.integers(1, 7),
+    after=st.integers(1, 7),
+    used=st.integers(0, 8),
+    seed=st.integers(),
+)
+@pytest.mark.filterwarnings("ignore:the source")
+def test_every_sample_is_read_once_whatever_the_sizes(
+    count: int, before: int, after: int, used: int, seed: int
+) -> None:
+    """Twice interrupted, each time with another batch size."""
+    torch.manual_seed(seed % 2**32)
+    read: list[int] = []
+    feeds = Feeds(quiet)
+    for size in (before, after, before):
+        loader = DataLoader(Numbers(count), batch_size=size, shuffle=True)
+        reading = feeds.batches(loader)
+        for _, batch in zip(range(used), reading, strict=False):
+            read += batch.tolist()
+            feeds.stepped()
+        feeds = resumed(feeds.state_dict())
+    read += [
+        index
+        for batch in feeds.batches(DataLoader(Numbers(count), batch_size=after, shuffle=True))
+        for index in batch.tolist()
+    ]
+    assert sorted(read) == list(range(count))
 
 
 def test_a_loader_made_anew_each_epoch() -> None:
