@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary, ref
 
 from torch.utils.data import DataLoader
 
-from ckptstore.errors import FormatError, StateError
+from ckptstore.errors import StateError
 from ckptstore.trainer import starts
 from ckptstore.trainer.indices import Twin, twin
-from ckptstore.trainer.positions import Position, parse
+from ckptstore.trainer.positions import Position, parse_all
 from ckptstore.trainer.readings import (
     IndexReading,
     Reading,
@@ -209,14 +209,11 @@ class Feeds:
         Raises:
             FormatError: it is malformed; the message names the source. Nothing has changed then.
         """
-        sources = state.get("sources")
-        if not isinstance(sources, dict):
-            raise FormatError("the positions in the data are malformed: they must be a dict of sources")
-        positions = {name: parse(name, saved) for name, saved in sources.items()}
+        last, positions = parse_all(state)
         for feed in self._feeds.values():
             feed.reading = None  # who still reads there doesn't count any more
         self._feeds = {name: _loaded(name, position) for name, position in positions.items()}
-        self._last = self._feeds.get(state.get("last"))  # type: ignore[arg-type]
+        self._last = None if last is None else self._feeds.get(last)
         self._twins.clear()
         self._then = then
 

@@ -17,6 +17,20 @@ class Position(NamedTuple):
     rest: dict[str, Any]
 
 
+def parse_all(state: object) -> tuple[str | None, dict[str, Position]]:
+    """The name of the source that was read last, and the positions by name.
+
+    Raises:
+        FormatError: something is malformed; the message names the source.
+    """
+    fields = state if isinstance(state, dict) else {}
+    last, sources = fields.get("last"), fields.get("sources")
+    if not isinstance(sources, dict):
+        raise FormatError("the positions in the data are malformed: they must be a dict of sources")
+    _text(last, "last", "the positions in the data")
+    return last, {name: parse(name, saved) for name, saved in sources.items()}
+
+
 def parse(name: object, saved: object) -> Position:
     """The position in the source ``name``.
 
