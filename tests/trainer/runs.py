@@ -76,8 +76,9 @@ class Run:
         if self.steps == self.die_after:
             self.die()
 
-    def between(self) -> None:
+    def between(self, last: bool) -> None:
         """Called before each batch: the other moment at which a run saves."""
+        del last
         self.calls += 1
         if self.calls == self.die_at_call:
             self.die()
@@ -103,7 +104,9 @@ def through_store(saved: dict[str, Any]) -> dict[str, Any]:
 class Nothing:
     """What a loop without Feeds does."""
 
-    def batches(self, source: Any, name: str = "data", *, between: Callable[[], None] = lambda: None) -> Iterator[Any]:
+    def batches(
+        self, source: Any, name: str = "data", *, between: Callable[[bool], None] = lambda last: None
+    ) -> Iterator[Any]:
         return iter(source)
 
     def stepped(self) -> None:

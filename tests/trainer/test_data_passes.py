@@ -263,20 +263,21 @@ def test_used_up_passes_yield_nothing_and_call_between_once(workers: int) -> Non
     feeds, loader = Feeds(quiet), shuffled(num_workers=workers)
     taken(feeds, loader, 3)
     state = feeds.state_dict()
-    calls: list[int] = []
+    calls: list[bool] = []
 
     again = resumed(state)
-    assert list(again.batches(shuffled(num_workers=workers), between=lambda: calls.append(1))) == []
-    assert len(calls) == 1
+    assert list(again.batches(shuffled(num_workers=workers), between=calls.append)) == []
+    assert calls == [True]
     assert len(list(again.batches(loader))) == 3
 
 
-def test_between_is_called_before_each_batch_and_before_the_end() -> None:
-    """Also before it is known that there is no batch."""
-    calls: list[str] = []
-    for _ in Feeds(quiet).batches(shuffled(), between=lambda: calls.append("between")):
+@pytest.mark.parametrize("source", [shuffled(), shuffled(num_workers=2), [1, 2, 3]])
+def test_between_is_called_before_each_batch_and_before_the_end(source: Any) -> None:
+    """Also before it is found that there is no batch, and it is told when that is known."""
+    calls: list[Any] = []
+    for _ in Feeds(quiet).batches(source, between=calls.append):
         calls.append("batch")
-    assert calls == ["between", "batch"] * 3 + ["between"]
+    assert calls == [False, "batch"] * 3 + [True]
 
 
 def test_skipping_loads_nothing() -> None:
