@@ -107,6 +107,8 @@ class Feeds:
     ) -> Iterator[T]:
         """The batches of one pass over ``source``, from the first one on that no completed step used.
 
+        The source's own iterator is built when the first batch is asked for.
+
         Args:
             source: a loader, or anything else that gives batches.
             name: tells sources apart; the same name after a resume continues the same position.

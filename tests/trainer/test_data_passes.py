@@ -20,7 +20,9 @@ from ckptstore.trainer.data import Feeds
 from tests.trainer.runs import (
     Interrupted,
     Numbers,
+    Program,
     Run,
+    drawn,
     run_killed,
     run_plain,
     run_resumed,
@@ -168,6 +170,81 @@ def test_a_run_that_dies_between_two_batches_continues(workers: int) -> None:
             program(killed)
         done = [event for event in killed.events if event[0] != "held"] + ["held"] * 2 * killed.epoch
         assert run_resumed(program, through_store(killed.saved)).events == expected[len(done) :], f"at call {call}"
+
+
+def check_calls(program: Program, calls: int) -> None:
+    """Resumed after dying at each of so many calls: the same as plain."""
+    expected = run_plain(program)
+    for call in range(1, calls + 1):
+        killed = Run(die_at_call=call)
+        seeded()
+        with pytest.raises(Interrupted):
+            program(killed)
+        resumed_events = run_resumed(program, through_store(killed.saved)).events
+        assert resumed_events == expected[len(killed.events) :], f"at call {call}"
+
+
+def test_a_run_that_dies_after_a_pass_draws_what_follows() -> None:
+    """The pass is over, so that nothing is built; the random state is set nevertheless."""
+
+    def program(run: Run) -> None:
+        loader = shuffled()
+        while run.epoch < 2:
+            drawn()
+            for batch in run.feeds.batches(loader):
+                run.step(batch.tolist())
+            run.between(True)
+            run.events.append(("after", drawn()))
+            run.feeds.end_epoch()
+            run.epoch += 1
+
+    check_calls(program, 2)
+
+
+def seeded_by(number: int, **options: Any) -> DataLoader[Any]:
+    return shuffled(generator=torch.Generator().manual_seed(number), **options)
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["one loader", "a loader for each epoch"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_dies_between_two_epochs_continues(anew: bool, workers: int) -> None:
+    """Kept workers are built anew, and a generator stands where it was, unless it belongs to a new loader."""
+
+    def program(run: Run) -> None:
+        options = {"num_workers": workers, "persistent_workers": workers > 0 and not anew}
+        loader = seeded_by(0, **options)
+        while run.epoch < 4:
+            if anew:
+                loader = seeded_by(run.epoch, **options)
+            for batch in run.feeds.batches(loader):
+                run.step(batch.tolist())
+            run.feeds.end_epoch()
+            run.epoch += 1
+            run.between(True)
+
+    check_calls(program, 3)
+
+
+def test_loading_that_draws_from_two_sources_at_once() -> None:
+    """What the first one drew for its batch isn't taken back when the second one is continued."""
+
+    class Noisy(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return index + drawn()[2]
+
+    def program(run: Run) -> None:
+        left, right = DataLoader(Noisy(SIZE), batch_size=2), DataLoader(Noisy(SIZE), batch_size=3)
+        while run.epoch < 2:
+            for one, other in zip(run.feeds.batches(left, "left"), run.feeds.batches(right, "right"), strict=False):
+                run.step(one.tolist(), other.tolist())
+            run.feeds.end_epoch()
+            run.epoch += 1
+
+    # Not compared with a plain loop: there zip builds both iterators before the first batch is loaded.
+    expected = run_whole(program)
+    assert len(expected) == 6
+    for steps in range(1, 6):
+        assert run_resumed(program, run_killed(program, steps)).events == expected[steps:], f"after {steps} steps"
 
 
 def test_generators_of_every_kind_that_samplers_own() -> None:
