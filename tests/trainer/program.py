@@ -27,6 +27,7 @@ class Options:
     Attributes:
         end_by: "exit" (the process is gone at once), "kill", "term", "int", "raise", or None for the whole run.
         end_at: after that step.
+        step_s, evaluation_s: what these take besides.
         where: "step" (after ``ckpt.step``), "backward" (in the midst of the step after), "evaluation".
     """
 
@@ -42,6 +43,8 @@ class Options:
     save: str = "every(steps=3)"
     mode: str = "overlapped"
     check: bool = False
+    step_s: float = 0.0
+    evaluation_s: float = 0.0
     end_by: str | None = None
     end_at: int = -1
     where: str = "step"
@@ -138,6 +141,7 @@ class Program:
             verbose=False,
             **options.more,
         ) as ckpt:
+            self.note(resuming=True)
             resumed = ckpt.resume(check=options.check)
             self.note(resumed=ckpt.progress.step, loaded=bool(resumed))
             for _ in ckpt.epochs(options.epochs):
@@ -150,6 +154,9 @@ class Program:
         for index, inputs, targets in ckpt.batches(self.loader):
             loss = (self.model(inputs) - targets).square().mean()
             self.break_off("backward", ckpt.progress.step)
+            if self.options.step_s:
+                self.note(working=True)
+                time.sleep(self.options.step_s)
             (loss / accumulation).backward()
             window.append((index.tolist(), loss.item().hex()))
             if len(window) < accumulation:
@@ -163,6 +170,9 @@ class Program:
             self.break_off("step", ckpt.progress.step)
 
     def evaluate(self, ckpt: Checkpointer) -> float:
+        if self.options.evaluation_s:
+            self.note(evaluating=True)
+            time.sleep(self.options.evaluation_s)
         self.model.eval()
         with torch.no_grad():
             losses = [(self.model(inputs) - targets).square().mean().item() for _, inputs, targets in self.held_out]
