@@ -26,7 +26,7 @@ from ckptstore.store import SaveMode, Store
 from ckptstore.trainer import parts
 from ckptstore.trainer.data import Feeds
 from ckptstore.trainer.decisions import Decisions, Evaluations, past_fields
-from ckptstore.trainer.events import Failed, Listener, Resumed, Saved
+from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 from ckptstore.trainer.guarding import Guard, error_of
 from ckptstore.trainer.reports import Reports
 from ckptstore.trainer.run import PART, Counters, Run, progress_fields
@@ -96,7 +96,8 @@ class Boundary:
         self._reading = False
         # A step is done, or an epoch, and nobody has asked the schedule yet.
         self._undecided = False
-        self._saved_step = -1
+        # Steps and epochs of what is saved, or is being saved; None where a save has failed since.
+        self._saved_at: tuple[int, int] | None = (0, 0)
         self._steps_seen = 0
         # The random state when the batches of the running epoch were used up, until the epoch ends.
         self._pass_end: dict[str, Any] | None = None
@@ -127,6 +128,10 @@ class Boundary:
     def best(self) -> Mapping[str, float]:
         """Of each metric that was reported, the best value so far."""
         return self._reports.best
+
+    def stats(self) -> Stats:
+        """What saving has cost so far, in this process."""
+        return replace(self._saving.stats, elapsed_s=self._counters.elapsed_here_s)
 
     def _costs(self) -> Costs | None:
         saving, counters = self._saving, self._counters
@@ -213,7 +218,7 @@ class Boundary:
 
     def _failed(self, failed: Failed) -> None:
         self._decisions.failed()
-        self._saved_step = -1
+        self._saved_at = None
         if failed.fatal:
             failed.error.add_note(f"{failed.failures} saves in a row have failed, and max_failures={failed.failures}")
         self._tell("on_failed", failed)
@@ -258,7 +263,7 @@ class Boundary:
             reasons=list(dict.fromkeys(reasons)),
         )
         self._decisions.began(now, reasons)
-        self._saved_step = now.step
+        self._saved_at = (now.step, now.epoch)
         # Before the first step nobody knows who reads them, and they stand at their beginning.
         sources = parts.unread(self.state, self._feeds.names) if now.step and self._include.data else {}
         return {**parts.chosen(self.state, self._include), **sources, PART: self._run}, facts
@@ -277,18 +282,19 @@ class Boundary:
         """Save durably what isn't saved yet, and end the process."""
         why = f"signal {name_of(signum)}"
         self._say(f"{why}: saving step {self._counters.step}, then the run ends")
-        with suppress(SaveFailedError):
-            self._collect(wait=True)
-        if self._is_unsaved():
-            try:
+        try:
+            with suppress(SaveFailedError):
+                self._collect(wait=True)
+            if self._is_unsaved():
                 self._save_now([*self._pending(), why])
-            except CheckpointError as error:
-                _log.error("the run ends by %s without a last checkpoint: %s", name_of(signum), error)
+        except CheckpointError as error:
+            _log.error("the run ends by %s without a last checkpoint: %s", name_of(signum), error)
         raise SystemExit(exit_code(signum))
 
     def _is_unsaved(self) -> bool:
         """Whether something has happened since the last save, or since the run was resumed."""
-        return self._undecided or self._counters.step != max(self._saved_step, 0) or bool(self._decisions.reported)
+        here = (self._counters.step, self._counters.epoch)
+        return self._undecided or here != self._saved_at or bool(self._decisions.reported)
 
     def check(self) -> None:
         """Mind signals now, as in the midst of a long evaluation.
@@ -343,7 +349,7 @@ class Boundary:
             self._closed = True
             self._signals.restore()
             self._watch.end()
-            stats = replace(self._saving.stats, elapsed_s=self._counters.elapsed_here_s)
+            stats = replace(self.stats(), kept_bytes=self._kept_bytes())
             try:
                 if self._own_store:
                     self.store.close()
@@ -351,6 +357,12 @@ class Boundary:
                 if self._resumed is not None:
                     self._say(str(stats))
                 self._tell("on_closed", stats)
+
+    def _kept_bytes(self) -> int | None:
+        try:
+            return sum(c.stored_bytes - c.borrowed_bytes for c in self.store.checkpoints())
+        except CheckpointError:
+            return None
 
     def _save_the_end(self, *, final: bool, broken: bool) -> None:
         with suppress(SaveFailedError):

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
+import torch
+
 from ckptstore import config as configs
 from ckptstore.config.settings import Config, Parts
 from ckptstore.engine.background import SaveHandle
@@ -22,14 +24,14 @@ from ckptstore.policy.guard import Diverged
 from ckptstore.policy.progress import Length
 from ckptstore.policy.schedule import Schedule
 from ckptstore.policy.text import parse_schedule
-from ckptstore.state import fence
+from ckptstore.state import capture, fence
 from ckptstore.state.rng import RNG
 from ckptstore.state.staging import steps_begun
 from ckptstore.store import SaveMode, Store
 from ckptstore.trainer import parts, resuming
 from ckptstore.trainer.boundary import Boundary, Limits
 from ckptstore.trainer.decisions import Evaluations, past_of
-from ckptstore.trainer.events import Failed, Hooks, Listener, Resumed, Saved, Stats
+from ckptstore.trainer.events import Failed, Hooks, Listener, Resumed, Saved
 from ckptstore.trainer.guarding import Guard
 from ckptstore.trainer.run import PART
 from ckptstore.units import duration_s
@@ -121,6 +123,7 @@ class Checkpointer(Boundary):
             StateError: a state that can't be.
             StorageError: the store can't be opened.
         """
+        _check_rank()
         schedule, evaluating, length = _schedule(save), _schedule(evaluate), length or Length()
         for each in (schedule, evaluating):
             if each is not None:
@@ -148,6 +151,8 @@ class Checkpointer(Boundary):
         self._guard = Guard(stop_on) if stop_on is not None else None
         self._skips = when_busy == "skip"
         self._final, self._verbose, self._minds_signals = final, verbose, signals
+        # What can't be stored is said now, not at the first save.
+        capture(dict(hyperparameters or {}))
         self._hyperparameters, self._modes = dict(hyperparameters or {}), dict(modes or {})
 
     @classmethod
@@ -177,10 +182,6 @@ class Checkpointer(Boundary):
         return made
 
     _config: Config | None = None
-
-    def stats(self) -> Stats:
-        """What saving has cost so far, in this process."""
-        return replace(self._saving.stats, elapsed_s=self._counters.elapsed_here_s)
 
     # -- beginning ---------------------------------------------------------------------------------------
 
@@ -216,6 +217,8 @@ class Checkpointer(Boundary):
         restore = restore or (config.restore if config is not None else Parts())
         if self._minds_signals:
             self._signals.install()
+        # From here on: loading may take longer than a deadline allows.
+        self._watch.start()
         try:
             with ExitStack() as stack:
                 source = resuming.Source.of(self.store, select, stack)
@@ -224,6 +227,7 @@ class Checkpointer(Boundary):
                 self._resumed = self._begin(source, select is True, restore, check)
         except BaseException:
             self._signals.restore()
+            self._watch.end()
             raise
         self._began(self._resumed)
         return self._resumed
@@ -294,7 +298,8 @@ class Checkpointer(Boundary):
     def _began(self, resumed: Resumed) -> None:
         self._steps_seen = steps_begun()
         if resumed:
-            self._saved_step = self._counters.step if resumed.url == self.store.url else -1
+            counters = self._counters
+            self._saved_at = (counters.step, counters.epoch) if resumed.url == self.store.url else None
             self._evaluations.resume(self.progress)
         self._say(str(resumed))
         for name in resumed.kept:
@@ -305,7 +310,6 @@ class Checkpointer(Boundary):
         for sentence in resumed.differences:
             warnings.warn(sentence, UserWarning, stacklevel=3)
         self._tell("on_resumed", resumed)
-        self._watch.start()
         if not resumed:
             # The state before any update.
             self._decide()
@@ -453,6 +457,19 @@ class Checkpointer(Boundary):
             self._save_now(reasons, durable=durable)
             return None
         return self._save(reasons, durable=durable)
+
+
+def _check_rank() -> None:
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not ranks or torch.distributed.get_world_size() == 1:
+        return
+    if torch.distributed.get_rank() > 0:
+        raise StateError(
+            f"this is rank {torch.distributed.get_rank()}: a Checkpointer saves what one process has; make it on "
+            "rank 0 only, where the replicas of all ranks are the same",
+            path="",
+        )
+    warnings.warn("only rank 0 saves: random state and position in the data are those of rank 0", stacklevel=3)
 
 
 def _schedule(given: object) -> Schedule | None:
