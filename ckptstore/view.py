@@ -20,7 +20,14 @@ from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NoCheckpointError, StateError
+from ckptstore.errors import (
+    CheckpointError,
+    FormatError,
+    IntegrityError,
+    NoCheckpointError,
+    NotFoundError,
+    StateError,
+)
 from ckptstore.format import layout
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
@@ -60,16 +67,42 @@ class View:
 
     # -- finding -----------------------------------------------------------------------------------------
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self, select: Literal["all"] | Sequence[int | str] | None = None) -> list[Checkpoint]:
         """All checkpoints, oldest first. Damaged commit records are left out with a ``DamageWarning``.
 
+        Args:
+            select: some of them, by steps and selectors, as ``[0, 100, "best:val_loss"]``, or "all": in the order of
+                their steps, each once. What isn't there is left out with a warning.
+
         Raises:
-            NotFoundError: opened read-only, and there is no store.
+            NotFoundError: opened read-only, and there is no store; or nothing of ``select`` is there.
+            FormatError: no selection.
             StorageError: the storage can't be read completely; never taken for "empty".
         """
         catalogue = self._finder.view()
         warn_damaged(catalogue.damaged)
-        return list(catalogue.checkpoints)
+        if select is None:
+            return list(catalogue.checkpoints)
+        return sorted(self._selected(catalogue, select), key=lambda c: (c.step, c.order))
+
+    def _selected(self, catalogue: Catalogue, select: object) -> list[Checkpoint]:
+        if select == "all":
+            return list(catalogue.checkpoints)
+        if not isinstance(select, list | tuple | range | set) or not all(type(one) in (int, str) for one in select):
+            raise FormatError(f"{select!r:.100} selects nothing: write 'all', or a list as [0, 100, 'best:val_loss']")
+        found: dict[str, Checkpoint] = {}
+        missing: list[NotFoundError] = []
+        for one in select:
+            try:
+                checkpoint = self._finder.select(catalogue, f"step:{one}" if isinstance(one, int) else one)
+                found[checkpoint.id] = checkpoint
+            except NotFoundError as error:
+                missing.append(error)
+        for problem in missing:
+            if not found:
+                raise problem
+            warnings.warn(str(problem), UserWarning, stacklevel=3)
+        return list(found.values())
 
     def resolve(self, selector: str = "latest") -> Checkpoint:
         """The checkpoint that ``selector`` names: ``latest``, ``best:METRIC``, ``step:N``, ``epoch:N``,
