@@ -40,38 +40,17 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, args.steps))
     sampling = torch.Generator().manual_seed(args.seed)
-    progress = {"step": 0, "tokens": 0}
-
-    state = {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "rng": cs.RNG(),
-        "data": sampling,
-        "progress": progress,
-    }
-    store = cs.open(args.store)
-    try:
-        loaded = store.load("latest", into=state)
-        print(f"resumed after step {progress['step']} from {loaded.checkpoint.id}", flush=True)
-    except cs.NoCheckpointError:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"fresh start: {parameters:,} parameters, {len(text):,} bytes of text", flush=True)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampling": sampling}
 
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    with store, args.log.open("a") as log:
-        while progress["step"] < args.steps:
+    with cs.Checkpointer(args.store, state, save=cs.every(steps=args.save_every)) as ckpt, args.log.open("a") as log:
+        ckpt.resume()
+        while ckpt.progress.step < args.steps:
             batch = sample(text, args.batch, args.context, sampling)
             loss = train_step(model, optimizer, scheduler, batch)
-            progress["step"] += 1
-            progress["tokens"] += batch.numel()
-            step = progress["step"]
-            log.write(json.dumps({"step": step, "loss": loss, "hex": loss.hex()}) + "\n")
+            ckpt.step(loss=loss, tokens=batch.numel())
+            log.write(json.dumps({"step": ckpt.progress.step, "loss": loss, "hex": loss.hex()}) + "\n")
             log.flush()
-            if step % args.save_every == 0 or step == args.steps:
-                reason = "the last step" if step == args.steps else f"every {args.save_every} steps"
-                saved = store.save(state, step=step, metrics={"loss": loss}, reasons=[reason])
-                print(f"step {step}: loss {loss:.3f}, saved as {saved.id}", flush=True)
 
 
 def parse_flags() -> argparse.Namespace:

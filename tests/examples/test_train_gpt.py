@@ -19,7 +19,9 @@ TINY = ["--layers", "1", "--width", "32", "--context", "16", "--batch", "2", "--
 
 def start(folder: Path, name: str, store: str) -> subprocess.Popen[str]:
     where = ["--store", str(folder / store), "--log", str(folder / f"{name}.jsonl")]
-    return subprocess.Popen([sys.executable, str(TRAINER), *where, *TINY], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(TRAINER), *where, *TINY], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def losses(folder: Path, name: str) -> dict[int, str]:
@@ -41,7 +43,7 @@ def test_killed_and_resumed_training_has_the_losses_of_one_that_was_not(tmp_path
 
     assert killed.returncode == -signal.SIGKILL
     assert (whole.returncode, resumed.returncode) == (0, 0)
-    assert "resumed after step" in printed
+    assert "resumed from step" in printed
     expected = losses(tmp_path, "whole")
     assert list(expected) == list(range(1, 61))
     before, after = losses(tmp_path, "killed"), losses(tmp_path, "resumed")
