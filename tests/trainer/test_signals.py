@@ -47,7 +47,7 @@ def test_at_random_moments(moment: str, signum: signal.Signals, tmp_path: Path, 
     # Saving at each step, the run is mostly saving.
     made = replace(made, save="every(steps=1)" if moment == "saving" else "every(steps=3)")
     expected = reference(made, tmp_path)
-    for number in range(13 if full else 1):
+    for number in range(50 if full else 1):
         case = replace(made, url=str(tmp_path / f"store-{number}"), out=str(tmp_path / f"notes-{number}"))
         if moment == "resuming":
             assert run(case, end_by="exit", end_at=11) == 9
