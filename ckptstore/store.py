@@ -349,8 +349,10 @@ class Store(View):
         store_id = record.store_id if record is not None else self._finder.scan().store_id
         if store_id is None:
             self._finder.require_store()
-        request = control.ask(self._storage, store_id, action)
-        return wait_s is not None and control.wait(self._storage, request, wait_s)
+        if wait_s is None:
+            control.ask(self._storage, store_id, action)
+            return False
+        return control.ask_and_wait(self._storage, store_id, action, wait_s)
 
     def requests(self) -> list[control.Action]:
         """Take up what was asked for by ``signal``: what is returned is for the caller to do, and asked for no more.

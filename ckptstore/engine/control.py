@@ -62,7 +62,28 @@ def ask(storage: Storage, store_id: str, action: Action) -> Request:
         ExistsError: it was asked already and has not answered.
         StorageError: the storage failed.
     """
-    record = ControlRecord(
+    return _ask(storage, _new(store_id, action))
+
+
+def ask_and_wait(storage: Storage, store_id: str, action: Action, timeout_s: float) -> bool:
+    """``ask``, and ``wait`` for the answer. However it ends, no request of this call is left unanswered.
+
+    Raises:
+        ExistsError: it was asked already and has not answered.
+        StorageError: the storage failed.
+    """
+    record = _new(store_id, action)
+    try:
+        return wait(storage, _ask(storage, record), timeout_s)
+    except BaseException:
+        # Also where Ctrl-C comes before the asking has returned.
+        with suppress(CheckpointError):
+            answer(storage, _request(record))
+        raise
+
+
+def _new(store_id: str, action: Action) -> ControlRecord:
+    return ControlRecord(
         store_id=store_id,
         action=action,
         nonce=secrets.token_hex(16),
@@ -70,6 +91,10 @@ def ask(storage: Storage, store_id: str, action: Action) -> Request:
         pid=os.getpid(),
         created=now(),
     )
+
+
+def _ask(storage: Storage, record: ControlRecord) -> Request:
+    action = record.action
     for _ in range(_TRIES):
         try:
             storage.create(layout.control_key(action), seal(record))
@@ -139,7 +164,7 @@ def answer(storage: Storage, request: Request) -> bool:
 
 
 def wait(storage: Storage, request: Request, timeout_s: float) -> bool:
-    """Whether ``request`` is answered within ``timeout_s`` seconds. One that isn't is taken back, also by Ctrl-C.
+    """Whether ``request`` is answered within ``timeout_s`` seconds. One that isn't is taken back.
 
     A run that looked right before it was taken back may heed it all the same.
 
@@ -147,16 +172,11 @@ def wait(storage: Storage, request: Request, timeout_s: float) -> bool:
         StorageError: the storage failed.
     """
     end = time.monotonic() + timeout_s
-    try:
-        while (found := look(storage, request.action)) is not None and found.nonce == request.nonce:
-            left = end - time.monotonic()
-            if left <= 0:
-                return not answer(storage, request)
-            time.sleep(min(_PAUSE_S, left))
-    except BaseException:
-        with suppress(CheckpointError):
-            answer(storage, request)
-        raise
+    while (found := look(storage, request.action)) is not None and found.nonce == request.nonce:
+        left = end - time.monotonic()
+        if left <= 0:
+            return not answer(storage, request)
+        time.sleep(min(_PAUSE_S, left))
     return True
 
 

@@ -521,7 +521,7 @@ def test_a_block_that_ends_in_an_error_waits_for_the_save(url: str) -> None:
         with cs.open(url) as store:
             store.save(run.state, step=1, mode="async")
             gate.wait()
-            threading.Timer(0.1, gate.open).start()
+            threading.Timer(3, gate.open).start()
             raise ZeroDivisionError
 
     with before_writing() as gate, pytest.raises(ZeroDivisionError) as raised:
@@ -1020,7 +1020,7 @@ def test_a_signal_handler_saves_while_its_thread_copies(
     for number, (outer, inner) in enumerate(sampled_modes(full, place + options, BEHIND)):
         # Held, so that there is something to copy.
         with cs.open(f"{url}-{number}", **OPTIONS[options]) as store, before_reading() as gate:
-            threading.Timer(0.1, gate.open).start()
+            threading.Timer(3, gate.open).start()
             strike(store, IN_THE_CALLER[place], outer, inner, gate)
 
 

@@ -178,19 +178,21 @@ def test_waiting(raw: Raw) -> None:
     runner.join()
 
 
-def test_who_gives_up_waiting_takes_it_back(raw: Raw) -> None:
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_who_gives_up_waiting_takes_it_back(raw: Raw, at: int) -> None:
+    """Whether it lies there yet or not."""
     calls: list[str] = []
 
     def interrupts(name: str, key: str) -> None:
         calls.append(name)
-        if len(calls) == 2:
+        if len(calls) == at:
             raise KeyboardInterrupt
 
     storage = open_storage(raw.url)
-    request = control.ask(storage, ID, "stop")
     with pytest.raises(KeyboardInterrupt):
-        control.wait(Hooked(storage, interrupts), request, 600)
-    assert calls[2:] == ["read", "delete"]
+        control.ask_and_wait(Hooked(storage, interrupts), ID, "stop", 600)
+    assert calls[at - 1] == ("create" if at == 1 else "read")
+    assert calls[at:] == (["read"] if at == 1 else ["read", "delete"])
     assert control.poll(storage) == []
 
 
