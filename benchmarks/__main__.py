@@ -15,11 +15,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import blocked, codec, frozen, growth, listing, memory, policies, results, tensors, training, verify
+from benchmarks import (
+    blocked,
+    codec,
+    frozen,
+    growth,
+    idle,
+    listing,
+    memory,
+    policies,
+    results,
+    tensors,
+    trainer,
+    training,
+    verify,
+)
 from benchmarks.table import markdown, write_readme
 from ckptstore.tools.throughput import scratch
 
-FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5}
+FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5, "trainer": 5}
 """At most: these take minutes a round, or repeat themselves closely."""
 
 Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
@@ -67,6 +81,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "policies": alone(policies.measure),
     "blocked": alone(blocked.measure, tell=_tell),
     "training": alone(training.measure, tell=_tell),
+    "trainer": alone(trainer.measure, tell=_tell),
+    "idle": alone(idle.measure, tell=_tell),
     "memory": alone(memory.measure, tell=_tell),
     "frozen": alone(frozen.measure, tell=_tell),
     "verify": alone(verify.measure, tell=_tell),

@@ -61,6 +61,15 @@ def row(
     return f"| {what} | {show(ours)}{note} | {shown} | {ratios} | {limit} |"
 
 
+def p99(values: Sequence[float]) -> float:
+    """The value that 99 % are not over; with fewer than a hundred, between the two largest."""
+    ordered = sorted(values)
+    place = 0.99 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
 def _times_as_much(value: float) -> str:
     if math.isnan(value):
         return "can't be told"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import cells, training
+from benchmarks import cells, looptable, training
 from benchmarks.cells import row
 
 HEAD = "| what | **ckptstore** | others | ckptstore / other | the machine's limit |\n|---|---|---|---|---|"
@@ -32,6 +32,8 @@ def markdown(results: Measured) -> str:
     makers = {
         "blocked": _blocked,
         "training": _training,
+        "trainer": looptable.trainer_rows,
+        "idle": looptable.idle_rows,
         "memory": _memory,
         "frozen": _frozen,
         "verify": _verify,
@@ -58,7 +60,7 @@ def _training(measured: Measured) -> Iterator[str]:
     usual = training.median_step_s(measured)
     added = {name: training.added_s(measured, name) for name in savers}
     cores = {name: training.added_s(measured, name, "cpu_s") for name in savers}
-    slow = {name: [_p99(training.slowed(measured, name))] for name in savers}
+    slow = {name: [cells.p99(training.slowed(measured, name))] for name in savers}
     noise = cells.seconds(training.added_s(measured, "none"))
     limits = [cells.seconds(added["write"]), cells.times(slow["write"]), cells.seconds(cores["write"])]
     wait, stretch, work = (f"writing as many bytes: {limit}" for limit in limits)
@@ -155,12 +157,3 @@ def _named(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[
 
 def _sum(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [a + b for a, b in zip(first, second, strict=True)]
-
-
-def _p99(values: Sequence[float]) -> float:
-    """With fewer than a hundred, between the two largest."""
-    ordered = sorted(values)
-    place = 0.99 * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -37,14 +37,15 @@ class Workload:
     """A model in training, whose optimizer has state already.
 
     Attributes:
-        model, optimizer: a ``GPT`` and an ``AdamW`` over its parameters that want gradients.
+        model, optimizer: a ``GPT``, where no other model is given, and an ``AdamW`` over its parameters that want
+            gradients.
         state: both by name, as ckptstore takes them.
     """
 
-    def __init__(self, size: Size, *, adapter_rank: int | None = None) -> None:
+    def __init__(self, size: Size, *, adapter_rank: int | None = None, model: nn.Module | None = None) -> None:
         torch.manual_seed(0)
         self.size = size
-        self.model = gpt(size)
+        self.model = gpt(size) if model is None else model
         if adapter_rank is not None:
             adapt(self.model, adapter_rank)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -56,9 +57,17 @@ class Workload:
 
     def forward_backward(self) -> None:
         """Gradients of one batch of random tokens."""
-        rows = torch.randint(self.size.vocabulary, (self.size.batch, self.size.length + 1))
         self.optimizer.zero_grad()
-        self.model(rows[:, :-1], rows[:, 1:]).backward()
+        self.loss(torch.stack([self.row() for _ in range(self.size.batch)])).backward()
+
+    def row(self) -> torch.Tensor:
+        """Random tokens to learn from, and the one after them."""
+        return torch.randint(self.size.vocabulary, (self.size.length + 1,))
+
+    def loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of a batch of such rows."""
+        loss: torch.Tensor = self.model(rows[:, :-1], rows[:, 1:])
+        return loss
 
     def plain(self) -> dict[str, Any]:
         """The state as dicts of tensors, for those that take no live objects; tied tensors once."""

@@ -21,12 +21,15 @@ from benchmarks import (
     codec,
     frozen,
     growth,
+    idle,
     listing,
+    loops,
     memory,
     policies,
     results,
     s3costs,
     savers,
+    trainer,
     training,
     verify,
 )
@@ -70,6 +73,8 @@ SMALL: dict[str, Measure] = {
     "policies": lambda folder: policies.measure(folder, 1, checkpoints=20),
     "blocked": lambda folder: blocked.measure(folder, 1, size=TINY, names=quick(blocked.SAVERS)),
     "training": lambda folder: training.measure(folder, 1, size=TINY, steps=2, names=quick(training.SAVERS)),
+    "trainer": lambda folder: trainer.measure(folder, 1, size=TINY, saves=2, every=2, once=trainer.once),
+    "idle": lambda folder: idle.measure(folder, 1, steps=20),
     "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped",)),
     "frozen": lambda folder: frozen.measure(folder, 1, size=TINY),
     "verify": lambda folder: verify.measure(folder, 1, size=TINY),
@@ -151,6 +156,42 @@ def test_a_save_is_charged_with_what_its_steps_take_more_than_later_ones() -> No
     measured = {"savers": {"ours": rounds}}
     assert training.added_s(measured, "ours") == [2.5, 2.0]
     assert training.slowed(measured, "ours") == [3.0, 1.5, 2.0, 1.0, 1.0]
+
+
+def test_a_loop_is_charged_with_all_of_its_time_beyond_the_base() -> None:
+    """By save; a step counts as one during a save where it begins before that is over, and the first in any case."""
+    run = {
+        "base_s": [1.0, 1.0, 4.0],
+        "step_s": [3.0, 2.0, 2.0, 3.0, 2.0, 4.0],
+        "blocked_s": [1.0, 0.5],
+        "durable_s": [4.0, 9.5],
+    }
+    measured = {"saves": 2, "every": 3, "loops": {"ours": [run], "theirs": [run | {"durable_s": [None, None]}]}}
+    assert trainer.added_s(measured, "ours") == [2.0]
+    assert trainer.slowed(measured, "ours") == [3.0, 2.0, 3.0, 2.0, 4.0]
+    assert trainer.slowed(measured, "theirs") == [3.0, 3.0]
+    assert trainer.usual(measured, "ours") == [1.0, 1.0, 4.0]
+    assert (trainer.late_s(measured, "ours"), trainer.late_s(measured, "theirs")) == ([0.5], [0.0])
+
+
+def test_a_loop_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Its figures come back, and nothing is left on storage."""
+    found = trainer.in_new_process("ckptstore_overlapped", str(tmp_path / "loop"), TINY, 1, 2)
+    assert [len(found[key]) for key in ("base_s", "step_s", "blocked_s", "durable_s")] == [2, 2, 1, 1]
+    assert found["written_bytes"] > found["bytes"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_that_saves_at_other_steps_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another number of saves would be charged to those that were asked for."""
+
+    class Lazy(loops.Loop):
+        def train_saving(self, steps: int, every: int) -> list[loops.SaveTimes]:
+            return super().train_saving(steps, every)[1:]
+
+    monkeypatch.setitem(loops.LOOPS, "none", Lazy)
+    with pytest.raises(RuntimeError, match="saved after steps"):
+        trainer.once("none", str(tmp_path / "loop"), TINY, 1, 2)
 
 
 def test_one_run_leaves_the_results_of_others(tmp_path: Path) -> None:
