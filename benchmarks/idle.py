@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ckptstore as cs
-from benchmarks.cells import p99
 from ckptstore.tools.turns import Tell, turns
 
 
@@ -32,17 +31,16 @@ SOURCES: dict[str, Callable[[int], Iterable[Any]]] = {"list": _list, "DataLoader
 def measure(folder: str, rounds: int, *, steps: int = 20_000, tell: Tell | None = None) -> dict[str, Any]:
     """Microseconds of one ``step(loss=…)`` and one turn of ``batches``, of which the source's own are taken off.
 
-    Medians of ``steps`` steps, one number a round, by source, and the 99th percentile. The schedule waits for a step,
-    an epoch and a metric; signals are minded, and requests in the store are looked for.
+    Medians of ``steps`` steps, one number a round, by source. The schedule waits for a step, an epoch and a metric;
+    signals are minded, and requests in the store are looked for.
     """
-    found: dict[str, dict[str, list[float]]] = {name: {"median_us": [], "p99_us": []} for name in SOURCES}
+    found: dict[str, list[float]] = {name: [] for name in SOURCES}
     for number, name in enumerate(turns(tuple(SOURCES), rounds, tell)):
         make = SOURCES[name]
         bare = _step_us(make(steps), lambda: None)
         spent = _observed(os.path.join(folder, f"{number}"), make(steps))
-        found[name]["median_us"].append(statistics.median(spent) - statistics.median(bare))
-        found[name]["p99_us"].append(p99(spent) - statistics.median(bare))
-    return {"steps": steps, "sources": found}
+        found[name].append(statistics.median(spent) - statistics.median(bare))
+    return {"steps": steps, "step_us": found}
 
 
 def _observed(folder: str, source: Iterable[Any]) -> list[float]:

@@ -39,12 +39,15 @@ def trainer_rows(measured: dict[str, Any]) -> Iterator[str]:
         "middle": f"no save: {cells.times([statistics.median(still)])}",
     }
     for mode in _MODES:
-        what = f"`Checkpointer`, `{mode}`: a save adds to a loop with steps of {base_s:.1f} s"
+        ours = f"`Checkpointer`, `{mode}`"
+        what = f"{ours}: a save adds to a loop with steps of {base_s:.1f} s"
         yield from _row(what, mode, added, cells.seconds, no_save["added"])
-        yield from _row("the same: it keeps training waiting", mode, blocked, cells.seconds)
-        yield from _row("the median step during a save, in usual steps", mode, middle, cells.times, no_save["middle"])
-        yield from _row("the longest 1 % of them", mode, longest, cells.times, no_save["longest"])
-        yield from _row("until it is durable", mode, durable, cells.seconds)
+        yield from _row(f"{ours}: a save keeps the loop waiting", mode, blocked, cells.seconds)
+        what = f"{ours}: the median step during a save, in usual steps"
+        yield from _row(what, mode, middle, cells.times, no_save["middle"])
+        what = f"{ours}: the longest 1 % of the steps during a save"
+        yield from _row(what, mode, longest, cells.times, no_save["longest"])
+        yield from _row(f"{ours}: until a save is durable", mode, durable, cells.seconds)
     written = {name: [float(run["written_bytes"]) for run in runs] for name, runs in loops.items()}
     limit = f"the state: {measured['bytes'] / 1e6:.0f} MB"
     yield from _row("`Checkpointer`: bytes that a save writes", _MODES[0], written, cells.megabytes, limit)
@@ -52,10 +55,9 @@ def trainer_rows(measured: dict[str, Any]) -> Iterator[str]:
 
 def idle_rows(measured: Measured) -> Iterator[str]:
     """What a step without a save costs."""
-    for name, found in measured["sources"].items():
+    for name, spent in measured["step_us"].items():
         what = f"`Checkpointer`: a step that saves nothing, batches from a {name}"
-        longest = f"; the 99th percentile {statistics.median(found['p99_us']):.0f} µs"
-        yield row(what, found["median_us"], {}, _microseconds, note=longest)
+        yield row(what, spent, {}, _microseconds)
 
 
 def _row(

@@ -73,7 +73,7 @@ SMALL: dict[str, Measure] = {
     "policies": lambda folder: policies.measure(folder, 1, checkpoints=20),
     "blocked": lambda folder: blocked.measure(folder, 1, size=TINY, names=quick(blocked.SAVERS)),
     "training": lambda folder: training.measure(folder, 1, size=TINY, steps=2, names=quick(training.SAVERS)),
-    "trainer": lambda folder: trainer.measure(folder, 1, size=TINY, saves=2, every=2, once=trainer.once),
+    "trainer": lambda folder: trainer.measure(folder, 1, size=TINY, saves=1, every=2, once=trainer.once),
     "idle": lambda folder: idle.measure(folder, 1, steps=20),
     "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped",)),
     "frozen": lambda folder: frozen.measure(folder, 1, size=TINY),
