@@ -3,7 +3,7 @@
 #   make test       the tests, faults sampled: under 10 minutes on 2 cores
 #   make test-all   the tests, every fault point
 #   make check      ruff and mypy
-#   make bench      the figures in the README, measured here: an hour, 20 GB of memory and 30 GB of disk
+#   make bench      the figures in the README, measured here: two hours, 20 GB of memory and 30 GB of disk
 PYTHON ?= python3
 # The exact build that is tested; ckptstore itself takes any torch from 2.6 on.
 TORCH ?= torch==2.13.0
