@@ -14,7 +14,7 @@ from ckptstore.config.settings import Parts
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.damage import FallbackWarning
 from ckptstore.engine.loader import Loaded
-from ckptstore.errors import ExistsError, FormatError, IntegrityError, NoCheckpointError
+from ckptstore.errors import ExistsError, FormatError, IntegrityError
 from ckptstore.format.layout import try_id
 from ckptstore.opening import Place
 from ckptstore.opening import open as open_store
@@ -43,7 +43,8 @@ class Source:
         if (place := _as_place(select)) is None:
             return cls(own, str(select))
         url, selector = place
-        return cls(stack.enter_context(open_store(url, read_only=True)), selector)
+        other = stack.enter_context(open_store(url, read_only=True))
+        return cls(own if other.url == own.url else other, selector)
 
     def load(self, state: State) -> Loaded:
         """Restore ``state``, parts that only one of both has left out."""
@@ -55,9 +56,9 @@ class Source:
         As with ``load("latest")``, what is damaged is left for the one before.
         """
         latest = self.selector == "latest"
-        found = self.store.checkpoints()[::-1] if latest else [self.store.resolve(self.selector)]
-        if not found:
-            raise NoCheckpointError(f"{self.store.url} holds no checkpoint")
+        # Also where all are wanted: it tells a store whose records are all damaged from an empty one.
+        chosen = self.store.resolve(self.selector)
+        found = [c for c in self.store.checkpoints()[::-1] if c.order <= chosen.order] if latest else [chosen]
         for checkpoint in found:
             try:
                 return self.store.load(checkpoint.id, into=build(self._extra_of(checkpoint)), strict="parts")
