@@ -245,17 +245,18 @@ class Checkpointer(Boundary):
         return Resumed(None, self.store.url)
 
     def _load(self, source: resuming.Source, restore: Parts, check: bool) -> Resumed:
+        before: dict[str, Any] = {}
         if self._build is not None:
             build = self._build
 
             def built(extra: Mapping[str, Any]) -> dict[str, Any]:
                 self.state = parts.check_state(build(extra))
+                before.update(resuming.options_of(self.state))
                 return resuming.target(self.state, self._run, restore)
 
             loaded = source.load_built(built)
-            before: dict[str, Any] = {}
         else:
-            before = resuming.options_of(self.state)
+            before.update(resuming.options_of(self.state))
             loaded = source.load(resuming.target(self.state, self._run, restore))
         self._register()
         checkpoint = loaded.checkpoint

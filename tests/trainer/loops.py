@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,16 @@ def steps(place: str) -> list[int]:
 def failing(**only: Any) -> Fault:
     """No data is written to any store in memory."""
     return Fault(MemoryStorage, "open_writer", cs.StorageFullError("no space left on the device"), **only)
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """All warnings of the block, as text, when it is over."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        yield texts
+    texts += [str(warning.message) for warning in record]
 
 
 class Loop:

@@ -14,7 +14,7 @@ from torch import nn
 
 import ckptstore as cs
 from ckptstore.storage import memory
-from tests.trainer.loops import Loop, listed, run, steps, url
+from tests.trainer.loops import Loop, listed, run, steps, url, warned
 
 
 def damage(place: str, step: int, how: str) -> None:
@@ -92,11 +92,10 @@ def test_D05_rate_and_scheduler_are_restored() -> None:
 def test_D06_what_is_missing_keeps_its_value(saved: str, missing: list[str], rate: float, epoch: int) -> None:
     """With a warning that names it; all else is restored."""
     loop = Loop(saved_with_rate(saved), parts="model optimizer scheduler", final=False)
-    with loop.ckpt as ckpt, pytest.warns(UserWarning) as said:
+    with loop.ckpt as ckpt, warned() as said:
         resumed = ckpt.resume()
     assert resumed.kept == missing
-    texts = [str(each.message) for each in said]
-    assert texts == [f"the checkpoint has no {name!r}: it keeps the value that it has" for name in missing]
+    assert said == [f"the checkpoint has no {name!r}: it keeps the value that it has" for name in missing]
     assert (loop.optimizer.param_groups[0]["lr"], loop.scheduler.last_epoch) == (rate, epoch)
 
 
@@ -167,8 +166,7 @@ def test_D21_the_newest_is_damaged(how: str, factory: bool) -> None:
     assert loop.losses == {step: loss for step, loss in expected.losses.items() if step > 10}
     damage(place, 10, how)
     loop = resumed()
-    with loop.ckpt as ckpt, pytest.raises(cs.IntegrityError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with loop.ckpt as ckpt, warned(), pytest.raises(cs.IntegrityError):
         ckpt.resume()
     assert steps(place) == [10, 20]
 
@@ -182,12 +180,8 @@ def test_D21_no_record_can_be_read(factory: bool) -> None:
     for key in [key for key in space if key.startswith("commits/")]:
         space[key] = space[key]._replace(data=space[key].data[:20])
     state = Loop(url()).ckpt.state
-    with (
-        cs.Checkpointer(place, (lambda extra: state) if factory else state, verbose=False, signals=False) as ckpt,
-        pytest.raises(cs.IntegrityError),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
+    ckpt = cs.Checkpointer(place, (lambda extra: state) if factory else state, verbose=False, signals=False)
+    with ckpt, warned(), pytest.raises(cs.IntegrityError):
         ckpt.resume()
 
 
