@@ -41,6 +41,12 @@ def failing(**only: Any) -> Fault:
     return Fault(MemoryStorage, "open_writer", cs.StorageFullError("no space left on the device"), **only)
 
 
+def settle(ckpt: cs.Checkpointer) -> None:
+    """Wait for the save in the background; what came of it isn't told yet."""
+    if ckpt._saving._handle is not None:
+        ckpt._saving._handle.join()
+
+
 @contextmanager
 def warned() -> Iterator[list[str]]:
     """All warnings of the block, as text, when it is over."""
@@ -89,7 +95,7 @@ class Loop:
         """One step on data that the loop draws itself."""
         self.ckpt.step(**{"loss": self.learn(torch.rand(2)), **values})
 
-    def until(self, last: int, *, epochs: int = 3, evaluate: Mapping[int, float] | None = None) -> Loop:
+    def until(self, last: int, *, epochs: int = 9, evaluate: Mapping[int, float] | None = None) -> Loop:
         """Train until step ``last``; ``evaluate`` has the metrics that are reported after steps."""
         ckpt = self.ckpt
         for _ in ckpt.epochs(epochs):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ckptstore.policy.text import parse_schedule
+from ckptstore.policy.text import parse_keep, parse_schedule
 from ckptstore.trainer.checkpointer import Checkpointer
 
 
@@ -28,6 +28,8 @@ class Options:
         end_by: "exit" (the process is gone at once), "kill", "term", "int", "raise", or None for the whole run.
         end_at: after that step.
         step_s, evaluation_s: what these take besides.
+        keep: which checkpoints stay, as text; all where it is empty.
+        select: what ``resume`` is told.
         where: "step" (after ``ckpt.step``), "backward" (in the midst of the step after), "evaluation".
     """
 
@@ -41,6 +43,8 @@ class Options:
     samples: int = 24
     batch_size: int = 3
     save: str = "every(steps=3)"
+    keep: str = ""
+    select: bool | str = True
     mode: str = "overlapped"
     check: bool = False
     step_s: float = 0.0
@@ -139,10 +143,11 @@ class Program:
             save=parse_schedule(options.save),
             mode=options.mode,  # type: ignore[arg-type]
             verbose=False,
+            **({"keep": parse_keep(options.keep)} if options.keep else {}),
             **options.more,
         ) as ckpt:
             self.note(resuming=True)
-            resumed = ckpt.resume(check=options.check)
+            resumed = ckpt.resume(options.select, check=options.check)
             self.note(resumed=ckpt.progress.step, loaded=bool(resumed))
             for _ in ckpt.epochs(options.epochs):
                 self.epoch(ckpt)

@@ -303,7 +303,7 @@ def test_D29_a_run_with_a_limit_and_the_two_best(tmp_path: Path) -> None:
     loop = Loop(place, save="every(steps=25)", keep=cs.last(3) | cs.best("val_loss", n=2), final=False)
     with loop.ckpt as ckpt:
         ckpt.resume()
-        loop.until(100, epochs=9, evaluate=losses)
+        loop.until(100, evaluate=losses)
     assert steps(place) == [25, 50, 75, 100]
     loop = Loop(place, save="every(steps=25)", keep=cs.last(3) | cs.best("val_loss", n=2), final=False)
     with loop.ckpt as ckpt:
