@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Self
 from ckptstore.config.settings import Parts
 from ckptstore.engine.background import SaveHandle
 from ckptstore.engine.saver import Durable
-from ckptstore.errors import CheckpointError, SaveFailedError, StateError
+from ckptstore.errors import CheckpointError, StateError
 from ckptstore.policy.events import Milestones
 from ckptstore.policy.plan import FINAL
 from ckptstore.policy.progress import Costs, Length, Progress
@@ -184,9 +184,10 @@ class Boundary:
         else:
             self._save(reasons)
 
-    def _pending(self) -> list[str]:
-        """Why the state is due, where nobody has asked since the last step."""
-        due = self._decisions.due(self.progress) if self._undecided else []
+    def _pending(self, *, last: bool = False) -> list[str]:
+        """Why the state is due, where nobody has asked since the last step; at the ``last`` one also what failed."""
+        asks = self._undecided or (last and self._decisions.is_stuck)
+        due = self._decisions.due(self.progress, last=last) if asks else []
         self._undecided = False
         return due
 
@@ -200,7 +201,8 @@ class Boundary:
         Raises:
             SaveFailedError: it failed, as too many before it.
         """
-        outcome = self._saving.collect(wait=wait)
+        with self._pending_again():
+            outcome = self._saving.collect(wait=wait)
         if isinstance(outcome, Saved):
             self._saved(outcome)
         elif outcome is not None:
@@ -208,6 +210,18 @@ class Boundary:
             if outcome.fatal:
                 raise outcome.error
             warnings.warn(f"{outcome}; training goes on, and it is tried again", RuntimeWarning, stacklevel=4)
+
+    def _settle(self) -> Failed | None:
+        """Wait for the save under way, before another one that makes up for it; what came of it, where it failed."""
+        with self._pending_again():
+            outcome = self._saving.collect(wait=True)
+        if isinstance(outcome, Saved):
+            self._saved(outcome)
+            return None
+        if outcome is not None:
+            self._failed(outcome)
+            self._say(str(outcome))
+        return outcome
 
     def _saved(self, saved: Saved) -> None:
         self._decisions.succeeded()
@@ -223,10 +237,22 @@ class Boundary:
             failed.error.add_note(f"{failed.failures} saves in a row have failed, and max_failures={failed.failures}")
         self._tell("on_failed", failed)
 
+    @contextmanager
+    def _pending_again(self) -> Iterator[None]:
+        """After an error that ends training, what was to be saved doesn't count as saved: somebody may mend it."""
+        try:
+            yield
+        except CheckpointError:
+            self._decisions.failed()
+            self._saved_step = -1
+            raise
+
     def _save(self, reasons: Sequence[str], *, durable: Durable | None = None) -> SaveHandle | None:
         """Save behind the next step."""
         self._collect(wait=True)
-        handle = self._saving.begin(*self._prepared(reasons), durable=durable)
+        state, facts = self._prepared(reasons)
+        with self._pending_again():
+            handle = self._saving.begin(state, facts, durable=durable)
         if handle is None:
             self._collect()
         return handle
@@ -238,7 +264,9 @@ class Boundary:
             SaveFailedError, CommitUnknownError: it is not.
         """
         self._collect(wait=True)
-        outcome = self._saving.run(*self._prepared(reasons), durable=durable)
+        state, facts = self._prepared(reasons)
+        with self._pending_again():
+            outcome = self._saving.run(state, facts, durable=durable)
         if isinstance(outcome, Failed):
             self._failed(outcome)
             raise outcome.error
@@ -283,10 +311,9 @@ class Boundary:
         why = f"signal {name_of(signum)}"
         self._say(f"{why}: saving step {self._counters.step}, then the run ends")
         try:
-            with suppress(SaveFailedError):
-                self._collect(wait=True)
+            self._settle()
             if self._is_unsaved():
-                self._save_now([*self._pending(), why])
+                self._save_now([*self._pending(last=True), why])
         except CheckpointError as error:
             _log.error("the run ends by %s without a last checkpoint: %s", name_of(signum), error)
         raise SystemExit(exit_code(signum))
@@ -365,19 +392,19 @@ class Boundary:
             return None
 
     def _save_the_end(self, *, final: bool, broken: bool) -> None:
-        with suppress(SaveFailedError):
-            # One that failed is made up for by the last one.
-            self._collect(wait=True)
+        failed = self._settle()
         if broken and self._pass_end is not None:
             # In the midst of an evaluation: it will be made again, from where it began.
             RNG().load_state_dict(self._pass_end)
         is_still = not (self._is_changing() or self._window_open)
         unsaved = self._is_unsaved()
-        reasons = self._pending() if is_still else []
+        reasons = self._pending(last=True) if is_still else []
         if final and not reasons and unsaved:
             reasons = [FINAL]
         if reasons:
             self._save_now(reasons)
+        elif failed is not None:
+            raise failed.error
 
     # -- telling -----------------------------------------------------------------------------------------
 

@@ -382,7 +382,7 @@ class Checkpointer(Boundary):
             DivergedError: as ``stop_on`` says.
             SystemExit: a signal came, and the state is saved.
         """
-        if self._resumed is None:
+        if self._resumed is None or self._closed:
             self._require_resumed()
         counters = self._counters
         counters.step += 1

@@ -41,8 +41,13 @@ class Decisions:
         """Go on after ``line``, checkpoints that remember nothing themselves; the last one was loaded."""
         self.resume(Past.resumed(now, line))
 
-    def due(self, now: Progress) -> list[str]:
-        """Why the state at ``now`` is to be saved; empty where it isn't."""
+    @property
+    def is_stuck(self) -> bool:
+        """Whether what the last save was for is still asked for, since it failed."""
+        return bool(self._stuck)
+
+    def due(self, now: Progress, *, last: bool = False) -> list[str]:
+        """Why the state at ``now`` is to be saved; empty where it isn't. At the ``last`` time nothing is put off."""
         if self._schedule is None:
             return []
         past = self._hoped or self._sure
@@ -53,7 +58,7 @@ class Decisions:
         if self._stuck:
             # A milestone is asked for at each step until it is saved: a full disk is not tried that often.
             self._stuck &= set(reasons)
-            if self._stuck.issuperset(reasons) and time.monotonic() < self._retry_at:
+            if not last and self._stuck.issuperset(reasons) and time.monotonic() < self._retry_at:
                 return []
         return reasons
 
