@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -99,6 +99,8 @@ class Boundary:
         # Steps and epochs of what is saved, or is being saved; None where a save has failed since.
         self._saved_at: tuple[int, int] | None = (0, 0)
         self._steps_seen = 0
+        # The guard has found that training has diverged.
+        self._astray = False
         # The random state when the batches of the running epoch were used up, until the epoch ends.
         self._pass_end: dict[str, Any] | None = None
 
@@ -159,8 +161,10 @@ class Boundary:
         """
         found = self._guard.see(step, values) if self._guard is not None else None
         if found is not None:
-            # What is wrong is not worth a checkpoint.
-            self._undecided = False
+            # What is wrong is not worth a checkpoint; the last good one may still be on its way.
+            self._astray = True
+            with suppress(CheckpointError):
+                self._settle()
             self._tell("on_diverged", found)
             raise error_of(found, self.store)
 
@@ -187,7 +191,7 @@ class Boundary:
     def _pending(self, *, last: bool = False) -> list[str]:
         """Why the state is due, where nobody has asked since the last step; at the ``last`` one also what failed."""
         asks = self._undecided or (last and self._decisions.is_stuck)
-        due = self._decisions.due(self.progress, last=last) if asks else []
+        due = self._decisions.due(self.progress, last=last) if asks and not self._astray else []
         self._undecided = False
         return due
 
@@ -244,7 +248,7 @@ class Boundary:
             yield
         except CheckpointError:
             self._decisions.failed()
-            self._saved_step = -1
+            self._saved_at = None
             raise
 
     def _save(self, reasons: Sequence[str], *, durable: Durable | None = None) -> SaveHandle | None:
@@ -319,7 +323,9 @@ class Boundary:
         raise SystemExit(exit_code(signum))
 
     def _is_unsaved(self) -> bool:
-        """Whether something has happened since the last save, or since the run was resumed."""
+        """Whether something has happened since the last save, or since the run was resumed, that is worth a save."""
+        if self._astray:
+            return False
         here = (self._counters.step, self._counters.epoch)
         return self._undecided or here != self._saved_at or bool(self._decisions.reported)
 
