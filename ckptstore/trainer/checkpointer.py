@@ -290,7 +290,8 @@ class Checkpointer(Boundary):
         self._reports.best.update(facts.get("best", {}))
         if self._guard is not None and facts.get("guard"):
             self._guard.watch.load_state_dict(facts["guard"])
-        return resuming.differences(facts.get("hyperparameters", {}), self._hyperparameters, "the value here is used")
+        given, here = facts.get("hyperparameters", {}), self._hyperparameters
+        return resuming.differences(given, here, "the value here is used") + resuming.only_one_has(given, here)
 
     def _register(self) -> None:
         # Before the training step is compiled: a hook that comes later makes the compiler start again.

@@ -133,12 +133,33 @@ def _as_plain(value: Any) -> Any:
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any], which: str) -> list[str]:
-    """Sentences on what differs; what only one of them has is none of it, unless it is a hyper-parameter."""
+    """Sentences on what differs of what both have."""
     return [
         f"{name} is {here[name]!r:.80} here and was {saved[name]!r:.80} when it was saved; {which}"
         for name in here
-        if name in saved and saved[name] != here[name]
+        if name in saved and not _are_alike(saved[name], here[name])
     ]
+
+
+def only_one_has(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Sentences on what only one of them has, where both have something."""
+    if not saved or not here:
+        return []
+    gone = [
+        f"{name} was {saved[name]!r:.80} when it was saved and isn't set here" for name in saved if name not in here
+    ]
+    new = [f"{name} is {here[name]!r:.80} here and wasn't set when it was saved" for name in here if name not in saved]
+    return gone + new
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two values mean the same: a file that was read has lists where the program has tuples."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_are_alike, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_are_alike(one[key], other[key]) for key in one)
+    # Not ==, first: it isn't true of nan, and of arrays it is no answer.
+    return repr(one) == repr(other) or (_is_plain(one) and _is_plain(other) and bool(one == other))
 
 
 def left_out(state: Mapping[str, Any], restore: Parts) -> list[str]:
@@ -164,8 +185,7 @@ def prove(store: View, checkpoint: Checkpoint, state: State, missing: Sequence[s
     Raises:
         IntegrityError: it is not; what differs first.
     """
-    names = [glob.escape(name) for name in state if name not in missing]
-    only = [pattern for name in names for pattern in (name, f"{name}/*")]
+    only = [glob.escape(name) for name in state if name not in missing]
     if wrong := store.compare(checkpoint.id, state, only=only):
         more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
         raise IntegrityError(
