@@ -393,7 +393,8 @@ class Boundary:
 
     def _kept_bytes(self) -> int | None:
         try:
-            return sum(c.stored_bytes - c.borrowed_bytes for c in self.store.checkpoints())
+            # Not ``checkpoints``: the end is no time to be warned of damage.
+            return sum(c.stored_bytes - c.borrowed_bytes for c in self.store.catalogue().checkpoints)
         except CheckpointError:
             return None
 

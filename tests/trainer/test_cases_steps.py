@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ckptstore as cs
-from tests.trainer.loops import Loop, listed, run, steps, url
+from tests.trainer.loops import Loop, listed, run, steps, url, warned
 
 
 def test_S18_first_middle_and_last_step() -> None:
@@ -79,7 +79,11 @@ def test_E10_choosing_checkpoints() -> None:
     place = url()
     run(place, 20, save="at(0, 9, 10, 20)")
     with cs.open(place) as store:
-        assert [c.step for c in store.checkpoints()] == [0, 9, 10, 20]
+        assert [c.step for c in store.checkpoints()] == [c.step for c in store.checkpoints("all")] == [0, 9, 10, 20]
+        assert [c.step for c in store.checkpoints([0, 10, "latest"])] == [0, 10, 20]
+        with warned() as said:
+            assert [c.step for c in store.checkpoints([0, 7])] == [0]
+        assert "has no checkpoint 'step:7'" in said[0]
         assert store.resolve("latest").step == 20
         chosen = [store.resolve(f"step:{step}") for step in (0, 10)]
         assert [c.step for c in chosen] == [0, 10]
