@@ -270,7 +270,7 @@ def test_T20_killed_at_any_moment_of_a_save(tmp_path: Path, whole: list[dict[str
     """Saving at each step it is mostly saving: what is there is whole, and the run goes on exactly from it."""
     choose = random.Random(20)
     made = long_run(tmp_path, save="every(steps=1)")
-    for number in range(30 if full else 1):
+    for number in range(12 if full else 1):
         case = replace(made, url=str(tmp_path / f"store-{number}"), out=str(tmp_path / f"notes-{number}"))
         process = start(case)
         until = choose.randint(2, 100)
