@@ -33,6 +33,7 @@ from ckptstore.errors import (
 from ckptstore.format import layout
 from ckptstore.format.codecs import parse_compression
 from ckptstore.maintenance import keep as keeping
+from ckptstore.maintenance import retire as retiring
 from ckptstore.maintenance.prune import PruneReport, preview, prune
 from ckptstore.maintenance.repair import Repairer
 from ckptstore.maintenance.replicate import Replicator
@@ -365,8 +366,13 @@ class Store(View):
 
     # -- keeping -----------------------------------------------------------------------------------------
 
-    def delete(self, selector: str, *, reason: str = "deleted by hand") -> Checkpoint:
+    def delete(self, selector: str, *, reason: str = "deleted by hand", reclaim: bool = False) -> Checkpoint:
         """Bury a checkpoint: it no longer exists, ``undelete`` brings it back until ``prune`` reclaims it.
+
+        Args:
+            selector: see ``resolve``.
+            reason: for people, see ``undelete``.
+            reclaim: remove its files at once, but for what others borrow: nothing brings it back.
 
         Raises:
             ExistsError: a hold stands in the way.
@@ -375,6 +381,9 @@ class Store(View):
         self._begin_change()
         checkpoint = self._own(selector)
         keeping.bury(self._storage, checkpoint, reason)
+        if reclaim:
+            with self._dispatcher.lock:
+                retiring.reclaim(self._storage, self._finder.scan(), {checkpoint.order})
         return checkpoint
 
     def _own(self, selector: str) -> Checkpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -108,13 +109,38 @@ def fence_all() -> None:
         window.before(None)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     global _steps_begun
     _steps_begun += 1
+    if not _open:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if callable(closure) and type(optimizer).__module__.startswith("torch.optim."):
+        # torch's own optimizers run the closure first, often all of the forward and backward pass; others may not.
+        fenced = _fenced_after(closure, optimizer)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": fenced}
+        return (args[0], fenced, *args[2:]), kwargs
+    _close_windows(optimizer)
+    return None
+
+
+def _close_windows(optimizer: torch.optim.Optimizer) -> None:
     if _open:
         addresses = _addresses([optimizer])
         for window in list(_open):
             window.before(addresses)
+
+
+def _fenced_after(closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """``closure``, and then the fence."""
+
+    def run() -> Any:
+        result = closure()
+        _close_windows(optimizer)
+        return result
+
+    return run
 
 
 # What the fence does can't be compiled; that this is said as an attribute spares importing the compiler.
