@@ -57,6 +57,11 @@ class Signals:
             if signal.getsignal(signum) == self._note:
                 signal.signal(signum, before)
 
+    def take_back(self) -> None:
+        """Listen again where somebody installed a handler of their own after ``install``; theirs is dropped."""
+        for signum in self._before:
+            signal.signal(signum, self._note)
+
     def ask(self, action: Action) -> None:
         """The same by ``ckptstore signal``, from any thread."""
         if action == "stop":
