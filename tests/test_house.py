@@ -48,6 +48,9 @@ HOMES = {
     "matplotlib": {"tools/planpicture.py"},
     "apprise": {"integrations/apprise.py"},
     "prometheus_client": {"integrations/prometheus.py"},
+    "accelerate": {"integrations/accelerate.py"},
+    "lightning": {"integrations/lightning_io.py"},
+    "pytorch_lightning": {"integrations/lightning_io.py"},
     "click": {"cli"},
     "rich": {"cli"},
 }

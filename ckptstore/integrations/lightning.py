@@ -113,7 +113,8 @@ class CkptStoreCallback(CheckpointCallback):
         fence(*trainer.optimizers)
         if run.is_exact:
             # The counters are put back when all that Lightning does to restart is over.
-            self._position = trainer.fit_loop.epoch_loop.state_dict()
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            self._position = trainer.fit_loop.epoch_loop.state_dict() if progress.started > progress.processed else None
         elif run.progress.step != trainer.global_step:
             run.count_from(trainer.global_step, trainer.current_epoch)
         plain = trainer.strategy.process_dataloader
@@ -136,8 +137,10 @@ class CkptStoreCallback(CheckpointCallback):
         """Lightning is ready to go on."""
         run = self._running()
         self._sources = 0
-        if self._position is not None:
+        if run.is_exact:
             trainer.fit_loop.epoch_loop.restarting = False
+        if run.is_exact and self._position is None:
+            trainer.fit_loop._restarting = False
         run.take_signals()
         if run.minds_signals:
             trainer._signal_connector.received_sigterm = False

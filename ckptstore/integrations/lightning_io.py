@@ -224,12 +224,11 @@ class CkptStoreIO(CheckpointIO):
             for checkpoint in there:
                 if checkpoint.id == noted:
                     return checkpoint
-        names = {checkpoint: _names_of(checkpoint) for checkpoint in there}
-        if found := [checkpoint for checkpoint in there if name in names[checkpoint]]:
+        if found := [checkpoint for checkpoint in there if name in _names_of(checkpoint)]:
             return found[-1]
         # Another folder's name for it, as after a move; not where several paths end like that.
         short = os.path.basename(name)
-        alike = {known: each for each in there for known in names[each] if os.path.basename(known) == short}
+        alike = {known: each for each in there for known in _names_of(each) if os.path.basename(known) == short}
         if len(alike) == 1:
             return next(iter(alike.values()))
         more = f"; that name was saved as {', '.join(sorted(alike))}" if alike else ""

@@ -130,7 +130,11 @@ class Model(LightningModule):
     def train_dataloader(self) -> Any:
         options = self.options
         data = Numbers(options.samples, noisy=options.workers == 0)
-        return DataLoader(data, batch_size=options.batch_size, shuffle=True, num_workers=options.workers)
+        # Processes that a fork server started would start one of their own for the workers.
+        how = "fork" if options.workers else None
+        return DataLoader(
+            data, batch_size=options.batch_size, shuffle=True, num_workers=options.workers, multiprocessing_context=how
+        )
 
     def val_dataloader(self) -> Any:
         return DataLoader(Numbers(8, noisy=False), batch_size=4, shuffle=True)
@@ -187,3 +191,8 @@ def main(fields: dict[str, Any]) -> None:
         run(Options(**fields))
     except Broken:
         raise SystemExit(7) from None
+
+
+def notes(out: str | Path) -> list[dict[str, Any]]:
+    """What the runs noted."""
+    return [json.loads(line) for line in Path(out).read_text().splitlines()]
