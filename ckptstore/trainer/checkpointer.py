@@ -28,7 +28,7 @@ from ckptstore.state import capture, fence
 from ckptstore.state.rng import RNG
 from ckptstore.state.staging import steps_begun
 from ckptstore.store import SaveMode, Store
-from ckptstore.trainer import parts, resuming
+from ckptstore.trainer import parts, prepared, resuming
 from ckptstore.trainer.boundary import Boundary, Limits
 from ckptstore.trainer.decisions import Evaluations, past_of
 from ckptstore.trainer.events import Failed, Hooks, Listener, Resumed, Saved
@@ -348,8 +348,12 @@ class Checkpointer(Boundary):
             self._boundary()
         known = (key for key, value in parts.sources(self.state).items() if value is source)
         self._pass_end = None
+        loader = prepared.loader_of(source)
+        batches = self._feeds.batches(loader, name or next(known, "data"), between=self._between)
+        if loader is not source:
+            batches = prepared.dressed(source, batches, self._feeds.is_last, self._counters.epoch)
         try:
-            for batch in self._feeds.batches(source, name or next(known, "data"), between=self._between):
+            for batch in batches:
                 self._reading = self._window_open = True
                 yield batch
         finally:

@@ -164,6 +164,11 @@ class Feeds:
         """Batches used in the running pass of the source that was read last."""
         return 0 if self._last is None else self._last.used[2]
 
+    def is_last(self) -> bool:
+        """Whether the batch that was handed out last is known to be the last of its pass."""
+        reading = None if self._last is None else self._last.reading
+        return reading is not None and reading.is_over()
+
     def end_epoch(self) -> None:
         """The epoch is over: all passes start anew."""
         for feed in self._feeds.values():

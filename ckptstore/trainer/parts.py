@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ckptstore.config.settings import Parts
 from ckptstore.errors import StateError
 from ckptstore.state.modules import is_stateful
+from ckptstore.trainer import prepared
 from ckptstore.trainer.run import PART
 
 Kind: TypeAlias = Literal["optimizer", "scheduler", "data"]
@@ -54,7 +55,7 @@ def check_state(state: object) -> dict[str, Any]:
         )
     if PART in state:
         raise StateError(f"{PART!r} is where the run itself stands in each checkpoint: take another name", path=PART)
-    return dict(state)
+    return {name: prepared.unwrapped(value) for name, value in state.items()}
 
 
 def chosen(state: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def unread(state: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
     return {
         name: value
         for name, value in state.items()
-        if kind_of(name, value) == "data" and is_stateful(value) and name not in read
+        if kind_of(name, value) == "data" and is_stateful(prepared.loader_of(value)) and name not in read
     }
 
 
