@@ -27,7 +27,8 @@ from ckptstore.trainer.prepared import unwrapped
 from tests.integrations import accelerate_program
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.integrations.accelerate_program"])
+# The compiler takes a second to import, and each optimizer does it.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.integrations.accelerate_program"])
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"save": "every(steps=2)"},

@@ -11,7 +11,8 @@ from tests.trainer import program
 from tests.trainer.program import Options
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "tests.trainer.program"])
+# The compiler takes a second to import, and each optimizer does it.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.trainer.program"])
 TIMEOUT_S = 120
 
 
