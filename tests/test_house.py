@@ -48,9 +48,10 @@ HOMES = {
     "matplotlib": {"tools/planpicture.py"},
     "apprise": {"integrations/apprise.py"},
     "prometheus_client": {"integrations/prometheus.py"},
-    "accelerate": {"integrations/accelerate.py"},
+    "accelerate": {"integrations/accelerate.py", "integrations/huggingface_run.py"},
     "lightning": {"integrations/lightning_io.py"},
     "pytorch_lightning": {"integrations/lightning_io.py"},
+    "transformers": {"integrations/huggingface.py", "integrations/huggingface_run.py"},
     "click": {"cli"},
     "rich": {"cli"},
 }

@@ -54,7 +54,7 @@ class Words(Dataset[dict[str, Any]]):
     """Sample ``index`` tells its number; where it is loaded in the training process, one word is random."""
 
     def __init__(self, count: int, *, noisy: bool) -> None:
-        made = torch.Generator().manual_seed(7)
+        made = torch.Generator().manual_seed(count)
         self.words = torch.randint(WORDS, (count, LENGTH), generator=made)
         self.noisy = noisy
 
@@ -168,7 +168,12 @@ def trainer_of(options: Options, *callbacks: Any) -> Noting:
 
 def saving_of(options: Options) -> CkptStoreCallback:
     return CkptStoreCallback(
-        str(Path(options.folder, "store")), save=options.save or None, verbose=False, poll=None, **options.more
+        str(Path(options.folder, "store")),
+        save=options.save or None,
+        verbose=False,
+        poll=None,
+        on_resumed=lambda event: note(options, resumed=event.checkpoint.step if event else None),
+        **options.more,
     )
 
 
