@@ -201,7 +201,7 @@ class CkptStoreCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The epoch before, if there was one, is evaluated, too."""
         if self._training is not None:
-            self._training.end_pass(complete=True)
+            self._training.begin_epoch()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the run was over when it was saved, end it again."""

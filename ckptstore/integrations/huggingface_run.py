@@ -138,7 +138,7 @@ class Training:
         resumed = self._go_on(ckpt)
         self._tokens = trainer.state.num_input_tokens_seen
         if resumed:
-            self._random = RNG().state_dict()
+            self._random = RNG().state_dict() if trainer.state.global_step else None
             steps = self._steps_per_epoch() or trainer.state.max_steps
             self._skipped = trainer.state.global_step % steps * args.gradient_accumulation_steps
             stays = self._told.stopped and self._select in (None, True)
@@ -193,10 +193,6 @@ class Training:
         if self.over:
             return
         self._set_epoch(self.checkpointer.progress.epoch)
-        if self._random is not None:
-            # As it was saved, whatever else has begun since.
-            RNG().load_state_dict(self._random)
-            self._random = None
         reading = self._reading = self.checkpointer.batches(self._source, "data")
         while True:
             self._settle()
@@ -226,6 +222,18 @@ class Training:
         if asked and self.checkpointer is not None and self.checkpointer._is_unsaved():
             self.checkpointer.save(ASKED)
 
+    def begin_epoch(self) -> None:
+        """The epoch before, if there was one, is over."""
+        self.end_pass(complete=True)
+        if not self.over:
+            self._set_random()
+
+    def _set_random(self) -> None:
+        # It was saved at this place, or is set when the data are read on: what has begun since doesn't count.
+        if self._random is not None:
+            RNG().load_state_dict(self._random)
+            self._random = None
+
     def end_pass(self, *, complete: bool) -> None:
         """The running pass over the data is left; one that is complete ends an epoch, and what is due is saved."""
         if (reading := self._reading) is None:
@@ -247,6 +255,7 @@ class Training:
             SystemExit: a signal came.
         """
         assert self.checkpointer is not None
+        self._set_random()
         self.end_pass(complete=not self._is_within())
         self.checkpointer.close()
         if self.trainer.args.load_best_model_at_end:
@@ -285,8 +294,8 @@ class Told:
         return {
             "state": fields,
             # Of the steps since the last line in the log.
-            "loss": self._loss.item() if self._loss is not None else 0.0,
-            "logged": getattr(trainer, "_globalstep_last_logged", state.global_step),
+            "loss": None if self._loss is None else self._loss.item(),
+            "logged": None if self._loss is None else trainer._globalstep_last_logged,
             "stopped": bool(self.stopped or stopped),
         }
 
@@ -300,7 +309,7 @@ class Told:
             for callback, state in zip(same, kept if isinstance(kept, list) else [kept], strict=False):
                 for key, value in state.get("attributes", {}).items():
                     setattr(callback, key, value)
-        if self._loss is not None:
+        if self._loss is not None and saved["loss"] is not None:
             self._loss.fill_(saved["loss"])
             # The mean that is told at the end is of the steps since here.
             trainer._total_loss_scalar = -self._loss.item()

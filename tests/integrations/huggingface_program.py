@@ -107,6 +107,16 @@ class Breaking(TrainerCallback):  # type: ignore[misc]
         self.at("evaluation", state.global_step)
 
 
+class Drawing(TrainerCallback):  # type: ignore[misc]
+    """Uses random numbers where other callbacks may."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.rand(1)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.rand(1)
+
+
 class Noting(Trainer):  # type: ignore[misc]
     """Notes what each micro batch reads and loses."""
 
@@ -162,6 +172,7 @@ def trainer_of(options: Options, *callbacks: Any) -> Noting:
     made.breaking = Breaking(options)
     if options.patience is not None:
         made.add_callback(EarlyStoppingCallback(options.patience))
+    made.add_callback(Drawing())
     made.add_callback(made.breaking)
     return made
 

@@ -17,7 +17,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {
         "save": "every(steps=2)",
-        "arguments": {"gradient_accumulation_steps": 4, "eval_strategy": "steps", "eval_steps": 2},
+        "arguments": {
+            "gradient_accumulation_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "eval_on_start": True,
+        },
         "more": {"mode": "async"},
     },
     "workers": {
