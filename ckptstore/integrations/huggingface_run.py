@@ -139,6 +139,7 @@ class Training:
         self._tokens = trainer.state.num_input_tokens_seen
         if resumed:
             self._random = RNG().state_dict() if trainer.state.global_step else None
+            self._start_evaluating()
             steps = self._steps_per_epoch() or trainer.state.max_steps
             self._skipped = trainer.state.global_step % steps * args.gradient_accumulation_steps
             stays = self._told.stopped and self._select in (None, True)
@@ -146,6 +147,15 @@ class Training:
             if stays:
                 ckpt._say(f"the run was stopped early at step {trainer.state.global_step}, and stays so")
         return ckpt
+
+    def _start_evaluating(self) -> None:
+        """Start the workers that evaluations had kept: new ones draw a number, which the run has drawn already."""
+        trainer = self.trainer
+        if not trainer.args.dataloader_persistent_workers or not _has_evaluated(trainer.state):
+            return
+        for name in trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else [None]:
+            loader = trainer.get_eval_dataloader(name)
+            iter(getattr(loader, "base_dataloader", loader))
 
     def _go_on(self, ckpt: Checkpointer) -> Resumed:
         if self.start is None:
@@ -348,6 +358,10 @@ class _Batches(DataLoader[Any]):
 
     def __len__(self) -> int:
         return len(self._len_of)
+
+
+def _has_evaluated(state: Any) -> bool:
+    return any(name.startswith("eval_") for line in state.log_history for name in line)
 
 
 def _nothing(epoch: int) -> None:

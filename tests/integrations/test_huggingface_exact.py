@@ -112,7 +112,7 @@ def test_interrupted_at_every_step(variant: str, tmp_path: Path, full: bool, for
         if where == "step" and at == 0:
             continue
         chosen = ways if full else [ways[(number + offset) % len(ways)]]
-        if not full and (number + offset) % 11:
+        if not full and (number + offset) % 16:
             continue
         for way in chosen:
             folder = tmp_path / f"{way}-{at}-{where}"
