@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import ckptstore as cs
 from ckptstore.integrations.huggingface import CkptStoreCallback
-from tests.integrations.huggingface_program import Options, ending, notes, saving_of, trainer_of
+from tests.integrations.huggingface_program import Options, Words, ending, notes, saving_of, trainer_of
 
 SHORT = {"num_train_epochs": 2, "eval_strategy": "no"}
 """Of 18 steps."""
@@ -174,6 +174,38 @@ def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
     assert again.state.global_step == stopped_at
     _, forced = train(options, f"step:{stopped_at}")
     assert forced.state.global_step > stopped_at
+
+
+def test_patience_goes_on(tmp_path: Path) -> None:
+    """Of the evaluations without a better result, those before count after a resume, too."""
+    arguments = RISING | {"save_strategy": "epoch", "num_train_epochs": 12}
+    options = Options(str(tmp_path), "", arguments, patience=3)
+    _, trainer = train(options)
+    stopped_at = trainer.state.global_step
+    _, again = train(options, f"step:{stopped_at - 9}")
+
+    assert stopped_at < 12 * 9
+    assert again.state.global_step == stopped_at
+
+
+def test_the_first_evaluation_is_of_the_start(tmp_path: Path) -> None:
+    """With eval_on_start a resumed run doesn't evaluate once more; the log is that of the whole run."""
+    options = Options(str(tmp_path), "at(5)", SHORT | {"eval_strategy": "epoch", "eval_on_start": True})
+    _, whole = train(options)
+    _, again = train(options, "step:5")
+
+    assert {**ending(again), "random": 0} == {**ending(whole), "random": 0}
+
+
+def test_what_is_read_is_told_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set or a sampler with ``set_epoch``."""
+    told: list[int] = []
+    monkeypatch.setattr(Words, "set_epoch", lambda self, epoch: told.append(epoch), raising=False)
+    arguments = SHORT | {"train_sampling_strategy": "sequential"}
+    train(Options(str(tmp_path), "at(12)", arguments))
+    train(Options(str(tmp_path), "at(12)", arguments), "step:12")
+
+    assert told == [0, 1, 1]
 
 
 def test_from_a_selector_and_from_elsewhere(tmp_path: Path) -> None:

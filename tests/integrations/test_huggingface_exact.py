@@ -95,6 +95,7 @@ def check_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
     assert found[-1]["end"] == expected[-1]["end"]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_interrupted_at_every_step(variant: str, tmp_path: Path, full: bool, forker: Forker) -> None:
     """In each way and at each place in turn; with ``--full`` at each step in every way."""
@@ -112,7 +113,10 @@ def test_interrupted_at_every_step(variant: str, tmp_path: Path, full: bool, for
         if where == "step" and at == 0:
             continue
         chosen = ways if full else [ways[(number + offset) % len(ways)]]
-        if not full and (number + offset) % 16:
+        if not full and (at, where) == (evaluated[-1], "evaluation") and variant in ("plain", "accumulation"):
+            # What is half evaluated is not saved.
+            chosen = ["raise"]
+        elif not full and (number + offset) % 20:
             continue
         for way in chosen:
             folder = tmp_path / f"{way}-{at}-{where}"
