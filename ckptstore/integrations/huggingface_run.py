@@ -53,7 +53,7 @@ class Training:
     Attributes:
         start: the checkpoint to go on from, None for a fresh start.
         step_done: an optimizer step is done, and isn't counted yet.
-        logged: metrics of the last steps.
+        logged: metrics of the steps that aren't counted yet.
         over: nothing is left to be done.
     """
 
@@ -219,7 +219,8 @@ class Training:
         self.step_done = False
         tokens = self.trainer.state.num_input_tokens_seen - self._tokens
         self._tokens += tokens
-        self.checkpointer.step(tokens=int(tokens), **self.logged)
+        logged, self.logged = self.logged, {}
+        self.checkpointer.step(tokens=int(tokens), **logged)
         if self._reading is not None and self._is_within():
             self._save_asked()
 
