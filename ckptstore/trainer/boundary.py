@@ -305,14 +305,14 @@ class Boundary:
     def _mind_signals(self) -> None:
         signals = self._signals
         if signals.save is not None:
-            why, signals.save = f"signal {signals.save}", None
+            why, signals.save = signals.save, None
             self._save([why])
         if signals.stop is not None:
             self._stop(signals.stop)
 
     def _stop(self, signum: int) -> NoReturn:
         """Save durably what isn't saved yet, and end the process."""
-        why = f"signal {name_of(signum)}"
+        why = name_of(signum)
         self._say(f"{why}: saving step {self._counters.step}, then the run ends")
         try:
             self._settle()

@@ -67,7 +67,7 @@ class Signals:
         if action == "stop":
             self._stop(signal.SIGTERM)
         else:
-            self.save = "from outside"
+            self.save = "ckptstore signal"
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # Only plain attributes are set here: a lock might be held by the very code that is interrupted.

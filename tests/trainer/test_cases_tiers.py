@@ -100,7 +100,7 @@ def test_T05_interrupted(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
     assert run_process(made, end_by="int", end_at=53) == 130
     # Told after a step, it is minded before the next one.
     assert steps(made.url) == [10, 20, 30, 40, 50, 53]
-    assert listed(made.url)[-1] == (53, ["signal SIGINT"])
+    assert listed(made.url)[-1] == (53, ["SIGINT"])
     assert run_process(made) == 0
     found = notes(made.out)
     assert [note["step"] for note in found if "step" in note] == list(range(1, 121))
@@ -165,10 +165,10 @@ def test_T13_emergency_saves_and_the_others() -> None:
     """
     place = url()
     for stop in (5, 7, 9):
-        loop = Loop(place, save="every(steps=2)", signals=True, keep=cs.last(3) | cs.tagged("signal *"))
+        loop = Loop(place, save="every(steps=2)", signals=True, keep=cs.last(3) | cs.tagged("SIG*"))
         assert code_of(partial(train_until_told, loop, stop)) == 143
-    assert listed(place)[1:3] == [(7, ["signal SIGTERM"]), (8, ["every 2 steps"])]
-    run(place, 13, save="every(steps=2)", keep=cs.last(3) | cs.tagged("signal *"))
+    assert listed(place)[1:3] == [(7, ["SIGTERM"]), (8, ["every 2 steps"])]
+    run(place, 13, save="every(steps=2)", keep=cs.last(3) | cs.tagged("SIG*"))
     assert steps(place) == [5, 7, 9, 10, 12]
 
 

@@ -122,7 +122,7 @@ def test_save_and_go_on(store_path: Path) -> None:
         loop.step()
         loop.step()
     with cs.open(store_path) as store:
-        assert [(c.step, list(c.reasons)) for c in store.checkpoints()] == [(2, ["signal SIGUSR1"])]
+        assert [(c.step, list(c.reasons)) for c in store.checkpoints()] == [(2, ["SIGUSR1"])]
 
 
 def test_asked_from_outside(store_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_asked_from_outside(store_path: Path) -> None:
 
         assert code_of(train) == 143
         found = [(c.step, list(c.reasons)) for c in store.checkpoints()][1:]
-    assert found == [(1, ["step 1"]), (2, ["signal from outside"]), (3, ["signal SIGTERM"])]
+    assert found == [(1, ["step 1"]), (2, ["ckptstore signal"]), (3, ["SIGTERM"])]
 
 
 def test_handlers_are_chained_and_given_back(store_path: Path) -> None:
