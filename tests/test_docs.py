@@ -23,6 +23,8 @@ MODULES = sorted(
 )
 
 
+# What Lightning warns of itself.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*does not have many workers")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block in the README runs as it stands."""
