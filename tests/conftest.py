@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """No test leaves a handler of signals behind, by which another one would wait in vain."""
+    signums = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(signum) for signum in signums]
+    yield
+    left = [(signum, was) for signum, was in zip(signums, before, strict=True) if signal.getsignal(signum) is not was]
+    for signum, was in left:
+        signal.signal(signum, was)
+    assert not left
 
 
 @pytest.fixture(scope="session")

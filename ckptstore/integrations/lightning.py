@@ -144,6 +144,8 @@ class CkptStoreCallback(CheckpointCallback):
         run.take_signals()
         if run.minds_signals:
             trainer._signal_connector.received_sigterm = False
+            # What it puts back at its end is what stood before the run.
+            trainer._signal_connector._original_handlers.update(run.handlers_before)
 
     def _batches(self, trainer: Trainer, loader: Any, name: str) -> Iterator[Any]:
         run = self._running()
@@ -243,6 +245,11 @@ class _Run(Checkpointer):
         """Before Lightning does, whose own way to end would not wait for the save."""
         if self._minds_signals:
             self._signals.take_back()
+
+    @property
+    def handlers_before(self) -> Mapping[int, Any]:
+        """Of signals, those that stood before the run minded them."""
+        return self._signals.before
 
     def abandon(self) -> None:
         """It could not begin."""

@@ -27,6 +27,7 @@ class Signals:
         stop: the signal after which the run ends, None while it goes on.
         stop_at: when it came, by ``time.monotonic``.
         save: the name of what asked for a save that is pending, or None.
+        before: the handlers that stood before.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,8 @@ class Signals:
         self.stop_at = 0.0
         self.save: str | None = None
         self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
+        self.before: dict[int, Any] = {}
+        self._given_back = False
         self._interrupts = 0
 
     def install(self) -> None:
@@ -46,20 +48,20 @@ class Signals:
             before = signal.getsignal(signum)
             # None: of another language's making, and could not be restored.
             if before is not None and (before is not signal.SIG_IGN or signum == SAVE):
-                self._before[signum] = before
+                self.before[signum] = before
                 signal.signal(signum, self._note)
 
     def restore(self) -> None:
         """Give back the handlers that stood before. Safe to call twice."""
-        while self._before:
-            signum, before = self._before.popitem()
-            # Somebody who came later and chained to this one goes on calling it, to no effect.
+        self._given_back = True
+        for signum, before in self.before.items():
+            # Somebody who came later and chained to this one goes on calling it, which calls the one before.
             if signal.getsignal(signum) == self._note:
                 signal.signal(signum, before)
 
     def take_back(self) -> None:
         """Listen again where somebody installed a handler of their own after ``install``; theirs is dropped."""
-        for signum in self._before:
+        for signum in self.before:
             signal.signal(signum, self._note)
 
     def ask(self, action: Action) -> None:
@@ -74,6 +76,9 @@ class Signals:
         if os.getpid() != self._pid:
             self._in_fork(signum)
             return
+        if self._given_back:
+            self._pass_on(signum, frame)
+            return
         if signum == SAVE:
             self.save = signal.Signals(signum).name
         else:
@@ -82,9 +87,17 @@ class Signals:
             self._interrupts += 1
             if self._interrupts > 1:
                 _die(signum)
-        before = self._before.get(signum)
+        before = self.before.get(signum)
         if callable(before) and before is not signal.default_int_handler:
             before(signum, frame)
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        """Somebody who remembers handlers has put this one back after the end of its run."""
+        before = self.before[signum]
+        if callable(before):
+            before(signum, frame)
+        elif before == signal.SIG_DFL:
+            _die(signum)
 
     def _stop(self, signum: int) -> None:
         if self.stop is None:

@@ -38,8 +38,15 @@ def is_whole(options: Options) -> list[int]:
         return [checkpoint.step for checkpoint in store.checkpoints()]
 
 
-@pytest.mark.parametrize("signum", EXITS, ids=lambda signum: signum.name)
-@pytest.mark.parametrize("moment", ["training", "saving", "evaluating", "resuming"])
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=() if sampled else pytest.mark.full)
+        for number, moment in enumerate(["training", "saving", "evaluating", "resuming"])
+        for signum in EXITS
+        for sampled in [(signum == signal.SIGTERM) == (number % 2 == 0)]
+    ],
+)
 def test_at_random_moments(moment: str, signum: signal.Signals, tmp_path: Path, full: bool) -> None:
     """The process ends as a scheduler expects, the store is whole, and the next one goes on exactly."""
     choose = random.Random(f"{moment} {signum}")
@@ -198,6 +205,34 @@ def test_what_was_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("stood", ["a function", "the default"])
+def test_put_back_after_the_end(stood: str) -> None:
+    """Whoever remembers handlers may put this one back later: it calls the one before."""
+    called: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, _: called.append(signum) if stood == "a function" else None)
+    try:
+        if stood == "the default":
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        signals = Signals()
+        signals.install()
+        mine = signal.getsignal(signal.SIGUSR1)
+        signals.restore()
+        signal.signal(signal.SIGUSR1, mine)
+        if stood == "a function":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert called == [signal.SIGUSR1]
+            assert signals.save is None
+            return
+        child = os.fork()
+        if child == 0:
+            signals._pid = os.getpid()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_in_another_thread(store_path: Path) -> None:
