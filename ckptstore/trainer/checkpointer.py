@@ -216,7 +216,7 @@ class Checkpointer(Boundary):
         select = select if select is not None else (config.resume if config is not None else True)
         restore = restore or (config.restore if config is not None else Parts())
         if self._minds_signals:
-            self._signals.install()
+            self._signals.install(with_deadline=self._watch.has_deadline)
         # From here on: loading may take longer than a deadline allows.
         self._watch.start()
         try:

@@ -27,6 +27,11 @@ class Watch:
         self._pause_s = _LOOK_S if deadline_s is not None else poll_s
         self._thread = threading.Thread(target=self._look, name="ckptstore-watch", daemon=True)
 
+    @property
+    def has_deadline(self) -> bool:
+        """Whether it ends a process that takes too long."""
+        return self._deadline_s is not None
+
     def start(self) -> None:
         """Begin."""
         if self._poll_s is not None or self._deadline_s is not None:
@@ -35,7 +40,7 @@ class Watch:
     def end(self) -> None:
         """Look no more. Safe to call twice; where a signal came, the deadline still holds."""
         self._poll_s = None
-        if self._signals.stop is None:
+        if self._signals.came is None:
             self._ended.set()
 
     def _look(self) -> None:
@@ -58,11 +63,13 @@ class Watch:
             return []
 
     def _mind_deadline(self) -> None:
-        signum = self._signals.stop
-        if self._deadline_s is None or signum is None:
+        if self._deadline_s is None:
             return
-        if time.monotonic() > self._signals.stop_at + self._deadline_s:
-            give_up(signum, self._deadline_s)
+        self._signals.hear()
+        if self._signals.came is not None:
+            signum, at = self._signals.came
+            if time.monotonic() > at + self._deadline_s:
+                give_up(signum, self._deadline_s)
 
 
 def give_up(signum: int, deadline_s: float) -> None:

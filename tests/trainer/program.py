@@ -28,6 +28,7 @@ class Options:
         end_by: "exit" (the process is gone at once), "kill", "term", "int", "raise", or None for the whole run.
         end_at: after that step.
         step_s, evaluation_s: what these take besides.
+        stuck: a step spends minutes in C, where Python runs no handlers.
         keep: which checkpoints stay, as text; all where it is empty.
         select: what ``resume`` is told.
         where: "step" (after ``ckpt.step``), "backward" (in the midst of the step after), "evaluation".
@@ -49,6 +50,7 @@ class Options:
     check: bool = False
     step_s: float = 0.0
     evaluation_s: float = 0.0
+    stuck: bool = False
     end_by: str | None = None
     end_at: int = -1
     where: str = "step"
@@ -162,6 +164,9 @@ class Program:
             if self.options.step_s:
                 self.note(working=True)
                 time.sleep(self.options.step_s)
+            if self.options.stuck:
+                self.note(working=True)
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
             (loss / accumulation).backward()
             window.append((index.tolist(), loss.item().hex()))
             if len(window) < accumulation:
