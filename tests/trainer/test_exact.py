@@ -41,7 +41,7 @@ def test_interrupted_at_every_step(variant: str, tmp_path: Path, full: bool) -> 
         if where == "step" and at == 0:
             continue
         chosen = ways if full else [ways[(number + offset) % len(ways)]]
-        if not full and (number + offset) % (13 if made.workers else 7):
+        if not full and (number + offset) % (23 if made.workers else 13):
             continue
         for way in chosen:
             case = replace(
