@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -16,6 +16,8 @@ from ckptstore.trainer import prepared
 from ckptstore.trainer.run import PART
 
 Kind: TypeAlias = Literal["optimizer", "scheduler", "data"]
+
+T = TypeVar("T")
 
 _TYPES: dict[Kind, tuple[type, ...]] = {
     "optimizer": (torch.optim.Optimizer,),
@@ -93,30 +95,21 @@ def unread(state: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
 
 def optimizers(value: object) -> Iterator[torch.optim.Optimizer]:
     """All in a state."""
-    if isinstance(value, torch.optim.Optimizer):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from optimizers(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from optimizers(item)
+    return _each(value, torch.optim.Optimizer)
 
 
 def trainable(value: object) -> int:
     """Elements of the parameters that are trained, in all modules of a state, shared ones once."""
     found: dict[int, int] = {}
-    for module in _modules(value):
+    for module in _each(value, torch.nn.Module):
         found |= {id(p): p.numel() for p in module.parameters() if p.requires_grad}
     return sum(found.values())
 
 
-def _modules(value: object) -> Iterator[torch.nn.Module]:
-    if isinstance(value, torch.nn.Module):
+def _each(value: object, cls: type[T]) -> Iterator[T]:
+    """All objects of a class in a state, in dicts and lists of any depth."""
+    if isinstance(value, cls):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _modules(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _modules(item)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _each(item, cls)

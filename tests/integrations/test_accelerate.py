@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ckptstore as cs
-from tests.trainer.processes import check_same, finish
+from tests.trainer import processes
+from tests.trainer.processes import check_same
 from tests.trainer.processes import run as run_plain
 from tests.trainer.program import Options, notes
 
@@ -40,9 +41,7 @@ EXITS = {"exit": 9, "kill": -9, "term": 143, "int": 130, "raise": 7}
 
 
 def run(options: Options, **changes: Any) -> int:
-    process = CONTEXT.Process(target=accelerate_program.main, args=(asdict(replace(options, **changes)),))
-    process.start()
-    return finish(process)
+    return processes.run(options, main=accelerate_program.main, **changes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

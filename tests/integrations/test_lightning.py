@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import torch
 
 import ckptstore as cs
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StateError
-from tests.trainer.processes import check_same, finish
+from tests.trainer import processes
+from tests.trainer.processes import check_same
 
 pytest.importorskip("lightning")
 
@@ -57,9 +58,7 @@ def _quiet() -> Iterator[None]:
 
 
 def run(options: Options, **changes: Any) -> int:
-    process = CONTEXT.Process(target=lightning_program.main, args=(asdict(replace(options, **changes)),))
-    process.start()
-    return finish(process)
+    return processes.run(options, main=lightning_program.main, **changes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

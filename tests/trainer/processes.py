@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.trainer.program"])
 TIMEOUT_S = 120
 
 
-def start(options: Options) -> Any:
-    """A process that runs it."""
-    process = CONTEXT.Process(target=program.main, args=(asdict(options),))
+def start(options: Any, main: Callable[[dict[str, Any]], None] = program.main) -> Any:
+    """A process that runs it, by the ``main`` of the program that the options are of."""
+    process = CONTEXT.Process(target=main, args=(asdict(options),))
     process.start()
     return process
 
@@ -34,9 +35,9 @@ def finish(process: Any) -> int:
     return int(process.exitcode)
 
 
-def run(options: Options, **changes: Any) -> int:
+def run(options: Any, *, main: Callable[[dict[str, Any]], None] = program.main, **changes: Any) -> int:
     """Run it to its end; how it ended."""
-    return finish(start(replace(options, **changes)))
+    return finish(start(replace(options, **changes), main))
 
 
 def reference(options: Options, folder: Path) -> list[dict[str, Any]]:
