@@ -1,0 +1,156 @@
+"""The ranks that save and load together: one question at a time is put to rank 0, and all get its answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ckptstore.engine import board as boards
+from ckptstore.engine.board import BEHIND_PAUSE_S, CALLER_PAUSE_S, Board
+from ckptstore.errors import StorageError
+
+GRACE_S = 2.0
+"""How much longer the others wait for rank 0 than it waits for them, so that it is rank 0 who tells what is wrong."""
+
+_numbers = itertools.count()
+
+
+class RanksError(Exception):
+    """The ranks don't get on: one is missing, has failed, or does something else. Says which."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = sorted(ranks)
+
+
+class Crew:
+    """One rank of the group that uses one store.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        timeout_s: how long one waits for another.
+    """
+
+    def __init__(self, board: Board, *, timeout_s: float) -> None:
+        self.board = board
+        self.rank, self.size = board.rank, board.size
+        self.timeout_s = timeout_s
+        self._folder: str | None = None
+        self._turn = 0
+        # Messages that everybody has read by the time that the next exchange, or the next outcome, is complete.
+        self._asked: list[str] = []
+        self._reported: list[str] = []
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, who decides."""
+        return self.rank == 0
+
+    def name(self) -> str:
+        """Unique for what begins here; the same on all ranks, as they all begin it in the same order."""
+        if self._folder is None:
+            self._folder = f"ckptstore/{next(_numbers)}"
+        self._turn += 1
+        return f"{self._folder}/{self._turn}"
+
+    def exchange(self, what: str, message: Any, decide: Callable[[list[Any]], Any | Sequence[Any]]) -> Any:
+        """Put ``message`` to rank 0, who decides on those of all ranks; what it answers. Every rank must call it.
+
+        Args:
+            what: is done here, for people; all must do the same.
+            message, and what ``decide`` gives: plain values that JSON has words for.
+            decide: on rank 0: one answer for all, or a list of one for each.
+
+        Raises:
+            RanksError: on all ranks: one hasn't come in time, does something else, or ``decide`` has raised it.
+            StorageError: rank 0 is gone.
+        """
+        name = self.name()
+        boards.put(self.board, f"{name}/ask/{self.rank}", [what, message])
+        if self.leads:
+            return self._lead(name, what, decide)
+        key = f"{name}/answer/{self.rank}"
+        # Twice: the others may have come later than this one, and rank 0 waits for them from when it came itself.
+        waited_s = 2 * self.timeout_s + GRACE_S
+        found = boards.wait_for(self.board, [key], waited_s, longest_pause_s=CALLER_PAUSE_S)
+        if key not in found:
+            raise RanksError(f"rank 0 hasn't come to {what} within {waited_s:g} s", [0])
+        return _answer(found[key])
+
+    def _lead(self, name: str, what: str, decide: Callable[[list[Any]], Any | Sequence[Any]]) -> Any:
+        try:
+            answers: Any = decide(self._messages(name, what))
+        except RanksError as error:
+            self._answer_all(name, [{"error": str(error), "ranks": error.ranks}] * self.size)
+            raise
+        except BaseException as error:
+            self._answer_all(name, [{"error": f"rank 0 has failed: {error}", "ranks": [0]}] * self.size)
+            raise
+        each = answers if isinstance(answers, list) else [answers] * self.size
+        self._answer_all(name, [{"answer": answer} for answer in each])
+        self._drop(self._asked)
+        self._asked = [f"{name}/{kind}/{rank}" for rank in range(self.size) for kind in ("ask", "answer")]
+        return each[0]
+
+    def _messages(self, name: str, what: str) -> list[Any]:
+        keys = [f"{name}/ask/{rank}" for rank in range(self.size)]
+        found = boards.wait_for(self.board, keys, self.timeout_s, longest_pause_s=CALLER_PAUSE_S)
+        if missing := [rank for rank, key in enumerate(keys) if key not in found]:
+            raise RanksError(
+                f"{ranks_text(missing)} of {self.size} hasn't come to {what} within {self.timeout_s:g} s: every rank "
+                "must call it, or open the store with ranks='one' where only one saves",
+                missing,
+            )
+        if other := [rank for rank, key in enumerate(keys) if found[key][0] != what]:
+            does = found[keys[other[0]]][0]
+            raise RanksError(f"{ranks_text(other)} is at {does}, rank 0 at {what}: all must do the same", other)
+        return [found[key][1] for key in keys]
+
+    def _answer_all(self, name: str, answers: Sequence[Any]) -> None:
+        for rank, answer in enumerate(answers):
+            if rank:
+                boards.put(self.board, f"{name}/answer/{rank}", answer)
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.board.drop(key)
+
+    # -- in the background: reports of what each has done, and what came of it ---------------------------
+
+    def report(self, name: str, message: Any) -> None:
+        """Tell rank 0 what this rank has done of ``name``."""
+        boards.put(self.board, f"{name}/done/{self.rank}", message)
+
+    def reports(self, name: str, *, bad: Callable[[Any], bool]) -> dict[int, Any]:
+        """What the ranks reported by the deadline; all of them, unless a ``bad`` one makes the others needless."""
+        keys = {f"{name}/done/{rank}": rank for rank in range(self.size)}
+        found = boards.wait_for(self.board, keys, self.timeout_s, longest_pause_s=BEHIND_PAUSE_S, enough=bad)
+        return {keys[key]: message for key, message in found.items()}
+
+    def announce(self, name: str, outcome: Any) -> None:
+        """Tell all what came of ``name``."""
+        boards.put(self.board, f"{name}/outcome", outcome)
+        self._drop(self._reported)
+        self._reported = [f"{name}/outcome", *(f"{name}/done/{rank}" for rank in range(self.size))]
+
+    def outcome(self, name: str) -> Any:
+        """What rank 0 has announced; None where it hasn't by the deadline, or is gone."""
+        key = f"{name}/outcome"
+        try:
+            found = boards.wait_for(self.board, [key], self.timeout_s + GRACE_S, longest_pause_s=BEHIND_PAUSE_S)
+        except StorageError:
+            return None
+        return found.get(key)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks for people."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _answer(message: Any) -> Any:
+    if "error" in message:
+        raise RanksError(message["error"], message["ranks"])
+    return message["answer"]
