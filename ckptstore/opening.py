@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ckptstore.engine.buffers import POOL_BYTES
 from ckptstore.engine.saver import Durable
@@ -39,6 +39,8 @@ def open(
     pool_bytes: int | None = None,
     max_staging: int | str | None = None,
     threads: int | None = None,
+    ranks: Literal["all", "one"] = "all",
+    rank_timeout: float | str = "10m",
 ) -> Store:
     """Open the store at ``url``; nothing is created before the first save.
 
@@ -65,6 +67,8 @@ def open(
         max_staging: most memory for copies of the state, as bytes or text like "2GB"; where it doesn't suffice, saves
             in the background keep their caller waiting. None: as much as the state takes.
         threads: blocks worked on at a time; by default one more than there are cores, or 8 where storage is far away.
+        ranks: who saves and loads under ``torch.distributed``: "all" ranks together, or this "one" by itself.
+        rank_timeout: how long one rank waits for another, as "10m" or in seconds: then a save fails on all.
 
     Raises:
         StorageError: the place can't be used, or no such scheme.
@@ -77,6 +81,8 @@ def open(
         raise FormatError(
             f"pool_bytes={pool_bytes} must be at least 1; two blocks of 16 MiB are the least that is used"
         )
+    if ranks not in ("all", "one"):
+        raise FormatError(f"ranks={ranks!r} must be 'all' or 'one'")
     scrub_s = duration_s(scrub, "scrub") if scrub is not None else None
     max_staging_bytes = size_bytes(max_staging, "max_staging") if max_staging is not None else None
     check_durable(durable, bool(backup))
@@ -97,6 +103,8 @@ def open(
         pool_bytes=pool_bytes or max(POOL_BYTES, (in_flight or 0) * BLOCK_BYTES),
         threads=threads or in_flight or default_threads(),
         max_staging_bytes=max_staging_bytes,
+        ranks=ranks,
+        rank_timeout_s=duration_s(rank_timeout, "rank_timeout"),
     )
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
 
 from ckptstore.engine import control
 from ckptstore.engine.background import SaveHandle
@@ -15,10 +15,11 @@ from ckptstore.engine.buffers import BufferPool, StagingArea
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.compressor import Compressor
+from ckptstore.engine.crew import Crew
 from ckptstore.engine.dispatcher import Dispatcher
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
-from ckptstore.engine.saver import Durable, Tools
+from ckptstore.engine.saver import Durable, Job, Tools
 from ckptstore.engine.workers import Progress, cores
 from ckptstore.errors import (
     CheckpointError,
@@ -46,6 +47,9 @@ from ckptstore.storage.base import Storage
 from ckptstore.units import duration_s
 from ckptstore.view import View
 
+if TYPE_CHECKING:
+    from ckptstore.state.capture import Snapshot
+
 SaveMode: TypeAlias = Literal["sync", "async", "overlapped"]
 
 
@@ -67,6 +71,8 @@ class Store(View):
         pool_bytes: int,
         threads: int,
         max_staging_bytes: int | None,
+        ranks: Literal["all", "one"] = "all",
+        rank_timeout_s: float = 600.0,
     ) -> None:
         tools = Tools(
             storage,
@@ -75,7 +81,8 @@ class Store(View):
             threads,
             Compressor(parse_compression(compression), min(threads, cores())),
         )
-        super().__init__(tools, Finder(storage, Backups(backups), read_only=read_only), read_only=read_only)
+        finder = Finder(storage, Backups(backups), read_only=read_only)
+        super().__init__(tools, finder, read_only=read_only, ranks=ranks, rank_timeout_s=rank_timeout_s)
         self._shared = shared
         self._durable, self._keep = durable, keep
         self._dispatcher = Dispatcher(
@@ -89,7 +96,7 @@ class Store(View):
             for backup in self._finder.backups.all
         ]
         self._scrubber: Scrubber | None = None
-        if scrub_s is not None and not read_only:
+        if scrub_s is not None and not read_only and (self.ranks is None or self.ranks.leads):
             repairer = Repairer(storage, self._finder.backups.storages, self._carrier)
             self._scrubber = Scrubber(self._finder, repairer, scrub_s, self._dispatcher.background.busy)
             self._scrubber.start()
@@ -215,6 +222,10 @@ class Store(View):
     ) -> Checkpoint | SaveHandle | None:
         """Save ``state`` as a new checkpoint, the ``latest`` as soon as it is durable and read back.
 
+        Under ``torch.distributed`` all ranks save one checkpoint together, and every rank must call it: what all have
+        is written once, spread over them; of a ``DTensor`` each writes its shard; what differs is saved for each.
+        Metrics and reasons are rank 0's. It succeeds on all ranks, or fails on all.
+
         Args:
             state: any nesting of dicts, lists, tensors, modules, optimizers, objects with ``state_dict``,
                 numbers and text. Each top-level entry becomes a file of its own.
@@ -252,18 +263,31 @@ class Store(View):
             )
         durable = durable or self._durable
         check_durable(durable, bool(self._replicators))
-        facts = Facts.of(step, epoch, metrics or {}, modes or {}, reasons)
-        self._check_writable()
-        if when_busy == "skip" and self._dispatcher.background.busy():
+        crew = self.ranks
+        if when_busy == "skip" and self._skips(crew):
             return None
-        self._dispatcher.background.settle()
-        from ckptstore.state.capture import capture
 
-        with collector_paused():
-            captured = capture(state)
+        def ask() -> tuple[Snapshot, Facts]:
+            from ckptstore.state.capture import capture
+
+            facts = Facts.of(step, epoch, metrics or {}, modes or {}, reasons)
+            self._check_writable()
+            self._dispatcher.background.settle()
+            with collector_paused():
+                return capture(state), facts
+
+        captured, facts, share = self._dispatcher.agree(crew, ask) if crew is not None else (*ask(), None)
+        job = Job(captured, facts, durable, progress, share)
         if mode == "sync":
-            return self._dispatcher.save(captured, facts, durable, progress)
-        return self._dispatcher.save_behind(captured, facts, durable, progress, mode=mode, began=began)
+            return self._dispatcher.save(job)
+        return self._dispatcher.save_behind(captured, job, mode=mode, began=began)
+
+    def _skips(self, crew: Crew | None) -> bool:
+        """Whether a save is under way; where there are several ranks, on rank 0."""
+        busy = self._dispatcher.background.busy()
+        if crew is None:
+            return busy
+        return bool(crew.exchange("whether to skip a save", busy, lambda messages: messages[0]))
 
     def rollback(self, selector: str, *, progress: Progress | None = None) -> Checkpoint:
         """Make what an older checkpoint holds the ``latest`` again: save it anew, without its bytes.

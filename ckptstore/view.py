@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, overload
 
 from ckptstore.engine.backups import Backup
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
+from ckptstore.engine.candidates import Candidates
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import new_store
-from ckptstore.engine.damage import DamageWarning, FallbackWarning, all_damaged, as_error, is_newer, warn_damaged
+from ckptstore.engine.contents import Contents, read_contents
+from ckptstore.engine.crew import Crew, find_crew
+from ckptstore.engine.damage import DamageWarning, warn_damaged
 from ckptstore.engine.finder import Finder
+from ckptstore.engine.joint_load import JointLoad
 from ckptstore.engine.loader import Loaded, Loader
-from ckptstore.engine.reader import Contents, read_contents
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
 from ckptstore.engine.workers import Progress
@@ -49,8 +52,18 @@ _CARRIERS = 4
 class View:
     """The looking half of ``Store``."""
 
-    def __init__(self, tools: Tools, finder: Finder, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        tools: Tools,
+        finder: Finder,
+        *,
+        read_only: bool,
+        ranks: Literal["all", "one"] = "all",
+        rank_timeout_s: float = 600.0,
+    ) -> None:
         self._tools, self._finder, self._read_only = tools, finder, read_only
+        self._alone, self._rank_timeout_s = ranks == "one", rank_timeout_s
+        self._crew: Crew | None = None
         self._storage = tools.storage
         # Apart from the pool of saves and loads, which never wait for copies.
         self._carrier = Carrier(BufferPool(POOL_BYTES), _CARRIERS)
@@ -61,6 +74,14 @@ class View:
     def url(self) -> str:
         """Where it lies, without credentials."""
         return self._storage.url
+
+    @property
+    def ranks(self) -> Crew | None:
+        """The processes that save and load here together, under ``torch.distributed``; None for one by itself."""
+        if self._crew is None and not self._alone:
+            # Asked for anew as long as there is none: the group may be made after the store was opened.
+            self._crew = find_crew(self._rank_timeout_s)
+        return self._crew
 
     def __repr__(self) -> str:
         return f"<ckptstore.Store {self.url}{' (read-only)' if self._read_only else ''}>"
@@ -119,7 +140,12 @@ class View:
 
     @overload
     def load(
-        self, selector: str = ..., *, only: Sequence[str] | None = ..., progress: Progress | None = ...
+        self,
+        selector: str = ...,
+        *,
+        only: Sequence[str] | None = ...,
+        rank: int | None = ...,
+        progress: Progress | None = ...,
     ) -> Any: ...
 
     @overload
@@ -140,12 +166,17 @@ class View:
         into: object = None,
         only: Sequence[str] | None = None,
         strict: bool | Literal["parts"] = True,
+        rank: int | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """Load a checkpoint, every block checked before its bytes reach a tensor.
 
         ``latest`` means the newest *good* one: a damaged checkpoint is skipped with a ``FallbackWarning``
         that names it. Every other selector means just the one it names.
+
+        Under ``torch.distributed`` every rank must call it with ``into=``: rank 0 says which checkpoint, each rank gets
+        its own, and all succeed or fail. They may be more or fewer than had saved, and sharded otherwise. Without
+        ``into=`` each rank loads for itself.
 
         Args:
             selector: see ``resolve``.
@@ -155,6 +186,7 @@ class View:
             strict: False reports missing, unexpected and mismatched names instead of raising. "parts" restores the
                 entries that checkpoint and target, both dicts, have in common, each as strictly as True does; an
                 entry that only one of them has is reported as missing or unexpected, and the target's stays.
+            rank: without ``into=``, what this rank had of a checkpoint that several saved; None: what all had.
             progress: called with (bytes done, bytes in all), from any thread.
 
         Returns:
@@ -167,34 +199,66 @@ class View:
         """
         _check_patterns(only)
         _check_strict(strict)
-        catalogue = self._finder.view()
-        first = self._finder.select(catalogue, selector)
-        skipped: dict[str, CheckpointError] = {}
-        if selector == "latest":
-            skipped |= {d.id: as_error(d) for d in catalogue.damaged if d.id and is_newer(d, first)}
-        candidates = reversed(catalogue.checkpoints) if selector == "latest" else [first]
         if into is not None:
+            if rank is not None:
+                raise FormatError(f"rank={rank}: only for loading without into=, which gives each rank its own")
             from ckptstore.state.staging import fence_all
 
             # Loading writes to memory directly, unseen by hooks and version counters.
             fence_all()
+            if self.ranks is not None:
+                return self._load_together(self.ranks, selector, into, only, strict, progress)
+        return self._load(selector, into, only, strict, rank, progress)
+
+    def _load(
+        self,
+        selector: str,
+        into: object,
+        only: Sequence[str] | None,
+        strict: bool | Literal["parts"],
+        rank: int | None,
+        progress: Progress | None,
+    ) -> Any:
+        candidates = self._candidates(selector)
         for checkpoint in candidates:
             try:
                 with self._loading(checkpoint, progress) as loader:
                     if into is None:
-                        return loader.plain(checkpoint, only)
-                    return loader.into(checkpoint, into, only, strict, skipped)
+                        return loader.plain(checkpoint, only, rank)
+                    return loader.draft(checkpoint, into, only, strict).finish(candidates.skipped)
             except (IntegrityError, FormatError) as error:
                 if keep.is_buried(self._finder.home(checkpoint), checkpoint):
                     # No damage: it was deleted while it was read, and the selector may mean another one now.
-                    return self.load(selector, into=into, only=only, strict=strict, progress=progress)
-                if selector != "latest":
-                    error.add_note("load('latest') goes back to the newest good checkpoint; verify() finds all damage")
-                    raise
-                skipped[checkpoint.id] = error
-                message = f"{checkpoint.id} is damaged, trying the one before: {error}"
-                warnings.warn(message, FallbackWarning, stacklevel=2)
-        raise all_damaged(self.url, {id: str(error) for id, error in skipped.items()})
+                    return self._load(selector, into, only, strict, rank, progress)
+                candidates.give_up(checkpoint, error)
+        raise candidates.none_left()
+
+    def _candidates(self, selector: str) -> Candidates:
+        catalogue = self._finder.view()
+        return Candidates(selector, catalogue, self._finder.select(catalogue, selector), self.url)
+
+    def _load_together(
+        self,
+        crew: Crew,
+        selector: str,
+        into: object,
+        only: Sequence[str] | None,
+        strict: bool | Literal["parts"],
+        progress: Progress | None,
+    ) -> Loaded:
+        """Load as one of several ranks; see ``JointLoad``."""
+
+        def open_loader(checkpoint: Checkpoint, elsewhere: bool) -> AbstractContextManager[Loader]:
+            if elsewhere and not crew.leads:
+                # Where it lies, the backups tell.
+                self._finder.view()
+            return self._loading(checkpoint, progress)
+
+        joint = JointLoad(crew, lambda: self._candidates(selector), open_loader, self._lies_elsewhere)
+        return joint.run(into, only, strict, goes_on=selector == "latest")
+
+    def _lies_elsewhere(self, checkpoint: Checkpoint) -> bool:
+        return self._finder.home(checkpoint) is not self._storage
 
     def compare(self, selector: str, state: object, *, only: Sequence[str] | None = None) -> list[str]:
         """The names of all tensors and values in ``state`` that are not bit for bit what a checkpoint holds.
@@ -235,17 +299,22 @@ class View:
         """A loader that has the backups at hand. What it found damaged is repaired when it is done."""
         home, backups = self._finder.home(checkpoint), self._finder.backups
         if not backups:
-            yield Loader(home, self._tools.pool, self._tools.threads, progress)
+            yield self._loader(home, progress)
             return
         others = [other for other in (self._storage, *backups.storages) if other is not home]
         with closing(Rescuer(others)) as rescuer:
-            yield Loader(home, self._tools.pool, self._tools.threads, progress, rescuer)
+            yield self._loader(home, progress, rescuer)
         # All is loaded by now: what fails from here on is no failure of the load.
         with suppress(CheckpointError):
             if rescuer.met and is_there(home, checkpoint):
                 self._repair(home, rescuer)
-            if not self._read_only:
+            if not self._read_only and (self.ranks is None or self.ranks.leads):
                 self._restore(checkpoint, home)
+
+    def _loader(self, home: Storage, progress: Progress | None, rescuer: Rescuer | None = None) -> Loader:
+        tools, crew = self._tools, self.ranks
+        rank, size = (crew.rank, crew.size) if crew is not None else (0, 1)
+        return Loader(home, tools.pool, tools.threads, progress, rescuer, rank, size)
 
     def _repair(self, home: Storage, rescuer: Rescuer) -> None:
         first, more = rescuer.met[0], len(rescuer.met) - 1

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ckptstore.engine.catalogue import Checkpoint
-    from ckptstore.engine.reader import Contents, DataFile
+    from ckptstore.engine.contents import Contents, DataFile
 
 _Tensors = dict[str, dict[str, Any]]
 _Values = dict[str, Any]

@@ -240,7 +240,7 @@ class SaveHandle:
                 self._changed.notify_all()
 
     def _first_stage(self) -> Stage:
-        plan = self._tools.plan(self._job.state)
+        plan = self._tools.plan(self._job.state, self._job.share)
         self.raw_bytes = plan.raw_bytes
         return self._next_stage(plan)
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.commit import read_fate
+from ckptstore.engine.contents import Contents, DataFile, read_contents
 from ckptstore.engine.plan import PlannedFile
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, check_blocks, open_file, read_contents
+from ckptstore.engine.reader import BlockTask, check_blocks, open_file
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError, SaveFailedError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
@@ -50,9 +51,6 @@ class Lender:
             contents = read_contents(storage, record)
             files = contents.files
         except (IntegrityError, FormatError):
-            return None
-        # Several ranks may have files of one name.
-        if len(contents.parts) != 1:
             return None
         kept = [f for f in files if f.entry.name in wanted and may_be_lent(storage, record, f.entry)]
         good = [file.entry for file in kept if _is_whole(storage, contents, file, pool, threads)]
@@ -110,7 +108,7 @@ def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) 
             raise SaveFailedError(f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step)
 
 
-def is_safe(storage: Storage, lender: Lender, borrowed: Sequence[FileEntry]) -> bool:
+def is_safe(storage: Storage, lender: CheckpointId, borrowed: Sequence[FileEntry]) -> bool:
     """Whether what ``borrowed`` names is there and nobody can be about to remove it; asked after the borrower's commit.
 
     Whoever removes the lender's own files lists the commits after its record is gone, and finds the borrower. Whoever
@@ -118,9 +116,9 @@ def is_safe(storage: Storage, lender: Lender, borrowed: Sequence[FileEntry]) -> 
     A lender that is buried will be gone soon: its own files are better written anew.
     """
     buried = {entry.key for entry in storage.list(layout.TRASH)}
-    if layout.tombstone_key(lender.id) in buried and any(file.owner == lender.record.id for file in borrowed):
+    if layout.tombstone_key(lender) in buried and any(file.owner == str(lender) for file in borrowed):
         return False
-    return _is_committed(storage, lender.record.id) and all(lies_there(storage, file) for file in borrowed)
+    return _is_committed(storage, str(lender)) and all(lies_there(storage, file) for file in borrowed)
 
 
 def _is_committed(storage: Storage, id: str) -> bool:

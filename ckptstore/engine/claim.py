@@ -38,8 +38,12 @@ class Claim:
             return None
         return self._store, None if self._shared else self.number
 
-    def next_id(self, step: int, scan: Callable[[], Catalogue]) -> tuple[StoreRecord, CheckpointId]:
+    def next_id(
+        self, step: int, scan: Callable[[], Catalogue], *, look: bool = True
+    ) -> tuple[StoreRecord, CheckpointId]:
         """The store and the id of the next save; ``scan`` tells what is there already.
+
+        Without ``look`` the fence is left to the commit, which spares a request.
 
         Raises:
             StaleWriterError: a newer writer owns the store.
@@ -48,7 +52,7 @@ class Claim:
         if self._store is None or self.number is None or self._shared:
             just_taken = self.number is None
             self._store, self.number = self._take(scan())
-        if not just_taken:
+        if look and not just_taken:
             # One that was just taken is the newest.
             self.check_fence()
         self._sequence += 1

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckptstore.engine.buffers import BufferPool
+from ckptstore.engine.contents import Contents, Rescue
 from ckptstore.engine.plan import Source
-from ckptstore.engine.reader import Contents, Rescue, read_pieces
+from ckptstore.engine.reader import read_pieces
 from ckptstore.storage.base import Storage
 
 _SMALL_BYTES = 1 << 12
@@ -20,7 +21,7 @@ _STEP_BYTES = 1 << 20
 
 @dataclass
 class Suspect:
-    """A live tensor of the type and shape of the stored one that it is compared with."""
+    """A live tensor of the type and shape of the stored one that it is compared with, or of its region of that."""
 
     saved: str
     live: Source
@@ -33,6 +34,7 @@ class _Stored:
 
     left: int
     """Bytes that have not come in yet."""
+    region: tuple[tuple[int, ...], tuple[int, ...]] | None
     suspects: list[Suspect] = field(default_factory=list)
 
 
@@ -53,8 +55,8 @@ def mark_differing(
     """
     wanted: dict[str, _Stored] = {}
     for suspect in suspects:
-        name = suspect.saved
-        wanted.setdefault(name, _Stored(contents.tensors[name].nbytes)).suspects.append(suspect)
+        name, live = suspect.saved, suspect.live
+        wanted.setdefault(name, _Stored(live.nbytes, live.region)).suspects.append(suspect)
     lock = threading.Lock()
 
     def take(stored: _Stored, begin: int, data: memoryview) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ckptstore.engine import board as boards
 from ckptstore.engine.board import BEHIND_PAUSE_S, CALLER_PAUSE_S, Board
-from ckptstore.errors import StorageError
+from ckptstore.engine.told import Fields, error_fields, error_of
+from ckptstore.errors import CheckpointError, StorageError
 
 GRACE_S = 2.0
 """How much longer the others wait for rank 0 than it waits for them, so that it is rank 0 who tells what is wrong."""
@@ -17,11 +19,26 @@ _numbers = itertools.count()
 
 
 class RanksError(Exception):
-    """The ranks don't get on: one is missing, has failed, or does something else. Says which."""
+    """The ranks don't get on: one is missing, has failed, or does something else. Says which.
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+    Attributes:
+        ranks: that are to blame.
+        fields: of the error of one of them, as ``told.error_fields`` gives them; None where it is another matter.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = (), fields: Fields | None = None) -> None:
         super().__init__(message)
-        self.ranks = sorted(ranks)
+        self.ranks, self.fields = sorted(ranks), fields
+
+    def as_error(self, fallback: type[CheckpointError], text: str | None = None) -> CheckpointError:
+        """The error to raise for it: of the kind that was told, or ``fallback`` with ``text``."""
+        if self.fields is not None:
+            return error_of(self.fields, fallback, f"{ranks_text(self.ranks)}: ")
+        return fallback(text or str(self))
+
+
+class Each(list[Any]):
+    """An answer for each rank."""
 
 
 class Crew:
@@ -32,11 +49,12 @@ class Crew:
         timeout_s: how long one waits for another.
     """
 
-    def __init__(self, board: Board, *, timeout_s: float) -> None:
+    def __init__(self, board: Board, *, timeout_s: float, folder: str | None = None) -> None:
+        """``folder`` tells this crew's messages from others' on the board; by default crews are numbered."""
         self.board = board
         self.rank, self.size = board.rank, board.size
         self.timeout_s = timeout_s
-        self._folder: str | None = None
+        self._folder = folder
         self._turn = 0
         # Messages that everybody has read by the time that the next exchange, or the next outcome, is complete.
         self._asked: list[str] = []
@@ -54,20 +72,30 @@ class Crew:
         self._turn += 1
         return f"{self._folder}/{self._turn}"
 
-    def exchange(self, what: str, message: Any, decide: Callable[[list[Any]], Any | Sequence[Any]]) -> Any:
+    def exchange(
+        self,
+        what: str,
+        message: Any,
+        decide: Callable[[list[Any]], Any],
+        *,
+        error: CheckpointError | None = None,
+    ) -> Any:
         """Put ``message`` to rank 0, who decides on those of all ranks; what it answers. Every rank must call it.
 
         Args:
             what: is done here, for people; all must do the same.
             message, and what ``decide`` gives: plain values that JSON has words for.
-            decide: on rank 0: one answer for all, or a list of one for each.
+            decide: on rank 0: one answer for all, or ``Each`` of them.
+            error: instead of a message: what keeps this rank from it, of which all are told.
 
         Raises:
-            RanksError: on all ranks: one hasn't come in time, does something else, or ``decide`` has raised it.
+            RanksError: on all ranks: one hasn't come in time, does something else or has an error, or ``decide`` has
+                raised one.
             StorageError: rank 0 is gone.
         """
         name = self.name()
-        boards.put(self.board, f"{name}/ask/{self.rank}", [what, message])
+        failed = error_fields(error) if error is not None else None
+        boards.put(self.board, f"{name}/ask/{self.rank}", [what, message, failed])
         if self.leads:
             return self._lead(name, what, decide)
         key = f"{name}/answer/{self.rank}"
@@ -78,17 +106,21 @@ class Crew:
             raise RanksError(f"rank 0 hasn't come to {what} within {waited_s:g} s", [0])
         return _answer(found[key])
 
-    def _lead(self, name: str, what: str, decide: Callable[[list[Any]], Any | Sequence[Any]]) -> Any:
+    def _lead(self, name: str, what: str, decide: Callable[[list[Any]], Any]) -> Any:
         try:
-            answers: Any = decide(self._messages(name, what))
+            answer = decide(self._messages(name, what))
+            each = list(answer) if isinstance(answer, Each) else [answer] * self.size
+            self._answer_all(name, [{"answer": one} for one in each])
         except RanksError as error:
-            self._answer_all(name, [{"error": str(error), "ranks": error.ranks}] * self.size)
+            self._tell_error(name, error)
             raise
+        except CheckpointError as error:
+            told = RanksError(str(error), [0], error_fields(error))
+            self._tell_error(name, told)
+            raise told from error
         except BaseException as error:
-            self._answer_all(name, [{"error": f"rank 0 has failed: {error}", "ranks": [0]}] * self.size)
+            self._tell_error(name, RanksError(f"rank 0 has failed: {error!r}", [0]))
             raise
-        each = answers if isinstance(answers, list) else [answers] * self.size
-        self._answer_all(name, [{"answer": answer} for answer in each])
         self._drop(self._asked)
         self._asked = [f"{name}/{kind}/{rank}" for rank in range(self.size) for kind in ("ask", "answer")]
         return each[0]
@@ -105,7 +137,14 @@ class Crew:
         if other := [rank for rank, key in enumerate(keys) if found[key][0] != what]:
             does = found[keys[other[0]]][0]
             raise RanksError(f"{ranks_text(other)} is at {does}, rank 0 at {what}: all must do the same", other)
+        failed = {rank: found[key][2] for rank, key in enumerate(keys) if found[key][2] is not None}
+        for rank, fields in failed.items():
+            raise RanksError(f"{ranks_text([rank])}: {fields['text']}", [rank], fields)
         return [found[key][1] for key in keys]
+
+    def _tell_error(self, name: str, error: RanksError) -> None:
+        message = {"error": str(error), "ranks": error.ranks, "fields": error.fields}
+        self._answer_all(name, [message] * self.size)
 
     def _answer_all(self, name: str, answers: Sequence[Any]) -> None:
         for rank, answer in enumerate(answers):
@@ -144,6 +183,17 @@ class Crew:
         return found.get(key)
 
 
+def find_crew(timeout_s: float) -> Crew | None:
+    """The crew of this job's ranks under ``torch.distributed``; None for a process that works by itself."""
+    if "torch.distributed" not in sys.modules:
+        # Listing and verifying do without torch.
+        return None
+    from ckptstore.state.peers import peers
+
+    others = peers()
+    return Crew(others, timeout_s=timeout_s) if others is not None else None
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     """Ranks for people."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
@@ -152,5 +202,5 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def _answer(message: Any) -> Any:
     if "error" in message:
-        raise RanksError(message["error"], message["ranks"])
+        raise RanksError(message["error"], message["ranks"], message["fields"])
     return message["answer"]

@@ -13,15 +13,22 @@ from ckptstore.engine.background import Background, SaveHandle
 from ckptstore.engine.borrow import Lender
 from ckptstore.engine.catalogue import Catalogue, Checkpoint
 from ckptstore.engine.claim import Claim
+from ckptstore.engine.commit import read_fate
+from ckptstore.engine.contents import Contents, DataFile
+from ckptstore.engine.crew import Crew
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
+from ckptstore.engine.joint import JointSaver
 from ckptstore.engine.plan import Change
-from ckptstore.engine.reader import Contents, DataFile
-from ckptstore.engine.saver import Captured, Durable, Job, Saver, Tools
+from ckptstore.engine.rendezvous import SAMPLE_LENGTH, Begun, Bid, Rendezvous
+from ckptstore.engine.saver import Durable, Job, Saver, Tools
+from ckptstore.engine.share import Share
+from ckptstore.engine.sharing import table_of
 from ckptstore.engine.stage import Stage
-from ckptstore.engine.workers import Progress
 from ckptstore.errors import SaveFailedError, StorageError
-from ckptstore.format.records import StoreRecord
+from ckptstore.format.digest import block_digest
+from ckptstore.format.layout import parse_id
+from ckptstore.format.records import CommitRecord, StoreRecord
 
 if TYPE_CHECKING:
     from ckptstore.state.capture import Snapshot
@@ -61,31 +68,60 @@ class Dispatcher:
         self._tools, self._finder, self._shared = tools, finder, shared
         self._check_writable, self._committed = check_writable, committed
         self._lender: Lender | None = None
+        self._rendezvous: Rendezvous | None = None
 
-    def save(
-        self, state: Captured, facts: Facts, durable: Durable = "primary", progress: Progress | None = None
-    ) -> Checkpoint:
+    def agree(self, crew: Crew, ask: Callable[[], tuple[Snapshot, Facts]]) -> tuple[Snapshot, Facts, Share]:
+        """Come together with the other ranks of ``crew`` for a save: what is this rank's share of the state.
+
+        Args:
+            ask: gives this rank's state; its errors reach all ranks.
+
+        Raises:
+            StateError, SaveFailedError: as ``Rendezvous.agree``.
+        """
+        from ckptstore.state.samples import samples
+
+        asked: list[tuple[Snapshot, Facts]] = []
+
+        def bid() -> Bid:
+            state, facts = ask()
+            asked.append((state, facts))
+            digests = [block_digest("sha256", data)[:SAMPLE_LENGTH] for data in samples(state.sources)]
+            return Bid(facts, table_of(state.sources, state.elements), digests)
+
+        if self._rendezvous is None:
+            self._rendezvous = Rendezvous(crew, self._tools.storage)
+        share, task = self._rendezvous.agree(bid, self._begin)
+        ((state, facts),) = asked
+        cut = {number: (begin, count) for number, (begin, count) in task["cut"].items()}
+        return state.divided(set(task["skip"]), task["rename"], cut), facts, share
+
+    def _begin(self, step: int) -> Begun:
+        """On rank 0: the id of a save by all ranks."""
+        with self.lock:
+            self._check_writable()
+            view = cache(self._finder.view)
+            with _nothing_written(step):
+                store, id = self.claim.next_id(step, view, look=False)
+                first = self._lender is None and not self._shared
+                latest = self._latest(view, None) if first else None
+            return Begun(store, id, latest.id if latest is not None else None)
+
+    def save(self, job: Job) -> Checkpoint:
         """Save now.
 
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
         """
-        job = Job(state, facts, durable, progress)
-        return self._save(job, self._tools.stage(self._tools.plan(state)))
+        return self._save(job, self._tools.stage(self._tools.plan(job.state, job.share)))
 
     def save_behind(
-        self,
-        state: Snapshot,
-        facts: Facts,
-        durable: Durable,
-        progress: Progress | None,
-        *,
-        mode: Literal["async", "overlapped"],
-        began: float,
+        self, state: Snapshot, job: Job, *, mode: Literal["async", "overlapped"], began: float
     ) -> SaveHandle:
         """Save in the background; return as soon as the state may change by what ``mode`` lets change it.
 
         Args:
+            state: the job's.
             began: when the caller was called, by ``time.perf_counter``.
         """
         from ckptstore.state.staging import settle
@@ -94,7 +130,6 @@ class Dispatcher:
         first = Change.FICKLE if any(source.fickle for source in state.sources) else Change.NOTHING
         if window is None:
             mode, first = "async", Change.ALL
-        job = Job(state, facts, durable, progress)
         handle = SaveHandle(self._tools, job, self._save, mode=mode, began=began, warned=self.background.warned)
         # A signal handler in the midst of its own thread's save: another thread would wait for that one's end.
         here = self.lock._is_owned()  # type: ignore[attr-defined]
@@ -103,26 +138,61 @@ class Dispatcher:
         return handle
 
     def _save(self, job: Job, stage: Stage) -> Checkpoint:
+        share = job.share
+        if share is not None:
+            return self._lead(job, stage, share) if share.crew.leads else self._follow(job, stage, share)
         checkpoint = self._save_here(job, stage)
         # Without the lock: another thread may save while this one waits for a backup.
         self._committed(checkpoint, job.durable)
         return checkpoint
 
+    def _lead(self, job: Job, stage: Stage, share: Share) -> Checkpoint:
+        """Save as rank 0, and tell the others what came of it."""
+        try:
+            checkpoint = self._save_here(job, stage)
+            if job.durable == "backup":
+                self._committed(checkpoint, job.durable)
+        except Exception as error:
+            # Not what interrupts, which may come after the effect: then the register tells them.
+            share.announce(error, None)
+            raise
+        share.announce(None, checkpoint.record)
+        if job.durable != "backup":
+            self._committed(checkpoint, job.durable)
+        return checkpoint
+
+    def _follow(self, job: Job, stage: Stage, share: Share) -> Checkpoint:
+        """Save as another rank; the copies in the backups are rank 0's business."""
+        try:
+            return self._save_here(job, stage)
+        except BaseException as error:
+            # Once more, or for the first time: what fails before anything is written isn't told by whoever writes.
+            share.give_up(error)
+            raise
+
     def _save_here(self, job: Job, stage: Stage) -> Checkpoint:
-        step = job.facts.step
+        step, share = job.facts.step, job.share
         with self.lock:
             # Again: capturing takes time, in which another thread may have closed the store.
             self._check_writable()
             with _nothing_written(step):
                 # Looked at once, for both.
                 view = cache(self._finder.view)
-                store, id = self.claim.next_id(step, view)
+                store, id = (share.store, share.id) if share is not None else self.claim.next_id(step, view)
                 if self._lender is None and not self._shared:
-                    # Only from what lies here can anything be borrowed.
-                    own = self._finder.scan if self._finder.backups else view
-                    self._lender = self._earlier_lender(stage, step, own)
-            self._lender = self._saver(store, self._lender, step).save(id, job, stage)
+                    self._lender = self._earlier_lender(stage, step, lambda: self._latest(view, share))
+            saver = self._saver(store, self._lender, step)
+            one = saver if share is None else JointSaver(saver, share)
+            self._lender = one.save(id, job, stage)
             return Checkpoint.of(self._lender.record)
+
+    def _latest(self, view: Callable[[], Catalogue], share: Share | None) -> CommitRecord | None:
+        """The newest checkpoint that lies here: only from such can anything be borrowed."""
+        if share is not None:
+            found = read_fate(self._tools.storage, parse_id(share.latest)) if share.latest is not None else None
+            return found if isinstance(found, CommitRecord) else None
+        checkpoints = (self._finder.scan if self._finder.backups else view)().checkpoints
+        return checkpoints[-1].record if checkpoints else None
 
     def repeat(
         self,
@@ -157,14 +227,13 @@ class Dispatcher:
         another_id = lambda: self.claim.next_id(step, self._finder.view)[1]  # noqa: E731
         return Saver(self._tools, store, lender, self.claim.check_fence, another_id)
 
-    def _earlier_lender(self, stage: Stage, step: int, scan: Callable[[], Catalogue]) -> Lender | None:
+    def _earlier_lender(self, stage: Stage, step: int, latest: Callable[[], CommitRecord | None]) -> Lender | None:
         """The newest checkpoint of an earlier process, if its files may be of use."""
-        checkpoints = scan().checkpoints
-        latest = checkpoints[-1] if checkpoints else None
-        if latest is None:
+        record = latest()
+        if record is None:
             return None
-        wanted = {file.name for file in stage.plan.files if file.frozen or latest.step == step}
+        wanted = {file.name for file in stage.plan.files if file.frozen or record.step == step}
         if not wanted:
             return None
         tools = self._tools
-        return Lender.read(tools.storage, latest.record, wanted, pool=tools.pool, threads=tools.threads)
+        return Lender.read(tools.storage, record, wanted, pool=tools.pool, threads=tools.threads)

@@ -10,13 +10,14 @@ from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.compare import Suspect, mark_differing
-from ckptstore.engine.reader import Contents, Rescue, read_contents, read_tensors
+from ckptstore.engine.contents import Contents, Rescue, read_contents
+from ckptstore.engine.reader import read_tensors
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError
+from ckptstore.errors import CheckpointError, NotFoundError, StateError
 from ckptstore.storage.base import Storage
 
 if TYPE_CHECKING:
-    from ckptstore.state.restore import Restoration
+    from ckptstore.state.restore import Draft, Restoration
     from ckptstore.state.tensors import TensorSpec
 
 
@@ -43,40 +44,60 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads from one storage, and from where ``rescue`` knows what is damaged there."""
+    """Loads from one storage, and from where ``rescue`` knows what is damaged there, as one of ``size`` ranks."""
 
     storage: Storage
     pool: BufferPool
     threads: int
     progress: Progress | None
     rescue: Rescue | None = None
+    rank: int = 0
+    size: int = 1
 
-    def plain(self, checkpoint: Checkpoint, only: Sequence[str] | None) -> Any:
-        """The state as plain data."""
+    def plain(self, checkpoint: Checkpoint, only: Sequence[str] | None, rank: int | None) -> Any:
+        """The state as plain data: what ``rank`` had, or what all had together."""
         from ckptstore.state.restore import restore_plain
 
         with collector_paused():
             contents = read_contents(self.storage, checkpoint.record, self.rescue)
-            restoration = restore_plain(_tree(contents), _specs(contents), only=only)
+            tree = _union(contents, 0) if rank is None else _tree_of(contents, rank)
+            restoration = restore_plain(tree, _specs(contents), only=only)
         return self._fill(contents, restoration)
 
-    def into(
-        self,
-        checkpoint: Checkpoint,
-        target: object,
-        only: Sequence[str] | None,
-        strict: bool | Literal["parts"],
-        skipped: Mapping[str, CheckpointError],
-    ) -> Loaded:
-        """Restore ``target`` in place. Its fit is checked before anything in it changes."""
-        from ckptstore.state.restore import restore_into
-
+    def draft(
+        self, checkpoint: Checkpoint, target: object, only: Sequence[str] | None, strict: bool | Literal["parts"]
+    ) -> LoadDraft:
+        """What there is to do to restore ``target`` in place; nothing in it changes yet."""
         with collector_paused():
             contents = read_contents(self.storage, checkpoint.record, self.rescue)
-            restoration = restore_into(_tree(contents), _specs(contents), target, only=only, strict=strict)
-        self._fill(contents, restoration)
+            return LoadDraft(self, checkpoint, contents, self._fit(contents, target, only, strict))
+
+    def _fit(
+        self, contents: Contents, target: object, only: Sequence[str] | None, strict: bool | Literal["parts"]
+    ) -> Draft:
+        """Beside this rank's own tree; beside that of all ranks together where there is none, or it lacks something."""
+        from ckptstore.state.pairing import Newcomer
+        from ckptstore.state.restore import Draft
+
+        parts, specs = contents.parts, _specs(contents)
+        if len(parts) == self.size:
+            try:
+                own = Draft(parts[self.rank].tree, specs, target, only=only, strict=strict)
+            except StateError:
+                if len(parts) == 1:
+                    raise
+            else:
+                if len(parts) == 1 or not own.report.missing:
+                    return own
+        newcomer = Newcomer(self.rank, len(parts) == 1) if self.rank >= len(parts) else None
+        tree = _union(contents, self.rank if newcomer is None else 0)
+        return Draft(tree, specs, target, only=only, strict=strict, union=len(parts) > 1, newcomer=newcomer)
+
+    def fill(self, draft: LoadDraft, restoration: Restoration, skipped: Mapping[str, CheckpointError]) -> Loaded:
+        """Do it."""
+        self._fill(draft.contents, restoration)
         found = restoration.report
-        return Loaded(checkpoint, skipped, found.missing, found.unexpected, found.mismatched, found.cast)
+        return Loaded(draft.checkpoint, skipped, found.missing, found.unexpected, found.mismatched, found.cast)
 
     def differing(self, checkpoint: Checkpoint, state: object, only: Sequence[str] | None) -> list[str]:
         """The names of all in ``state`` that is not what the checkpoint holds."""
@@ -85,7 +106,8 @@ class Loader:
 
         with collector_paused():
             contents = read_contents(self.storage, checkpoint.record, self.rescue)
-            findings = compare_trees(_tree(contents), _specs(contents), capture(state), only=only)
+            tree = _tree_of(contents, self.rank) if len(contents.parts) == self.size else _union(contents, self.rank)
+            findings = compare_trees(tree, _specs(contents), capture(state), only=only)
             suspects = [Suspect(f.saved, f.live) if f.live is not None else None for f in findings]
         mark_differing(
             self.storage,
@@ -113,13 +135,39 @@ class Loader:
             return restoration.finish()
 
 
-def _tree(contents: Contents) -> Any:
-    if len(contents.parts) != 1:
-        raise FormatError(
-            f"{contents.commit.id} was written by {len(contents.parts)} ranks; this version loads those of one rank",
+@dataclass(frozen=True)
+class LoadDraft:
+    """A load that is planned, and may still be given up."""
+
+    loader: Loader
+    checkpoint: Checkpoint
+    contents: Contents
+    fit: Draft
+
+    def finish(self, skipped: Mapping[str, CheckpointError]) -> Loaded:
+        """Judge it, and do it.
+
+        Raises:
+            StateError: the target doesn't fit; nothing was changed.
+        """
+        return self.loader.fill(self, self.fit.close(), skipped)
+
+
+def _tree_of(contents: Contents, rank: int) -> Any:
+    if not 0 <= rank < len(contents.parts):
+        raise NotFoundError(
+            f"{contents.commit.id} was saved by {len(contents.parts)} ranks, and has nothing of rank {rank}",
             id=contents.commit.id,
         )
-    return contents.parts[0].tree
+    return contents.parts[rank].tree
+
+
+def _union(contents: Contents, rank: int) -> Any:
+    """The tree of ``rank``, with what only other ranks have; of rank 0 where that wasn't there."""
+    from ckptstore.state.merge import merged
+
+    trees = [part.tree for part in contents.parts]
+    return trees[0] if len(trees) == 1 else merged(trees, rank if rank < len(trees) else 0)
 
 
 def _specs(contents: Contents) -> list[TensorSpec]:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from ckptstore.format import layout
 from ckptstore.format.digest import Hasher
+from ckptstore.format.records import ShardEntry
 from ckptstore.format.tensorfile import TensorFile, TensorRow, storage_order
 
 PIECE_BYTES = 128 << 10
@@ -39,7 +40,15 @@ class Source(Protocol):
     """Nobody knows when it changes."""
 
     @property
+    def nbytes(self) -> int: ...
+    @property
     def spec(self) -> Spec: ...
+    @property
+    def whole(self) -> Spec: ...
+    @property
+    def region(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None: ...
+    @property
+    def cuttable(self) -> bool: ...
     @property
     def near(self) -> bool: ...
     def read_into(self, offset: int, out: memoryview) -> None: ...
@@ -59,6 +68,7 @@ class PlannedFile:
             TensorRow(n, s.spec.dtype, tuple(s.spec.shape), s.spec.logical) for n, s in by_name.items()
         )
         self.sources = [by_name[row.name] for row in rows]
+        self.shards = {name: _shard(source, prefix) for name, source in by_name.items() if source.region is not None}
         self.stream = TensorFile.of(rows)
         self.block_lengths = self.stream.block_lengths
         self._fickle = any(source.fickle for source in self.sources)
@@ -124,6 +134,12 @@ class PlannedFile:
             self.sources[index].release()
 
 
+def _shard(source: Source, prefix: str) -> ShardEntry:
+    assert source.region is not None
+    whole, offset = source.whole, source.region[0]
+    return ShardEntry(tensor=whole.name.removeprefix(prefix), shape=list(whole.shape), offset=list(offset))
+
+
 class Change(IntEnum):
     """What is about to change in the state; each includes those before it."""
 
@@ -152,14 +168,14 @@ class Block(NamedTuple):
 class Plan:
     """All data files of one save: one for each top-level component of the state, and one for what is frozen in it."""
 
-    def __init__(self, sources: Sequence[Source], *, encoded: bool) -> None:
-        """``encoded``: the files get the name of files whose blocks may be encoded.
+    def __init__(self, sources: Sequence[Source], *, encoded: bool, label: str = "") -> None:
+        """``encoded``: the files get the name of files whose blocks may be encoded; ``label`` is part of their names.
 
         Raises:
             FormatError: so many tensors in a component that no reader takes the header.
         """
         self.sources = sources
-        self.files = list(_files(sources, ".blocks" if encoded else ".safetensors"))
+        self.files = list(_files(sources, label + (".blocks" if encoded else ".safetensors")))
         self.raw_bytes = sum(file.stream.raw_bytes for file in self.files)
 
     def only(self, files: Sequence[PlannedFile]) -> Plan:

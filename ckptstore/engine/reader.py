@@ -7,107 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from functools import partial
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
+from ckptstore.engine.contents import Contents, DataFile, Rescue
 from ckptstore.engine.workers import Meter, Progress, run
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, StorageError
-from ckptstore.format import layout
 from ckptstore.format.codecs import decode
-from ckptstore.format.digest import block_digest, sha256
-from ckptstore.format.layout import parse_id
-from ckptstore.format.records import (
-    MANIFEST_LIMIT,
-    PART_LIMIT,
-    BlockEntry,
-    CommitRecord,
-    FileEntry,
-    ManifestRecord,
-    PartRecord,
-    Sealed256,
-    parse,
-)
-from ckptstore.format.tensorfile import BLOCK_BYTES, Piece, TensorFile, TensorRow
+from ckptstore.format.digest import block_digest
+from ckptstore.format.records import BlockEntry
+from ckptstore.format.regions import Region, Run, runs
+from ckptstore.format.tensorfile import BLOCK_BYTES, ITEM_BYTES, Piece
 from ckptstore.storage.base import ALIGNMENT, ObjectReader, Storage
 
-T = TypeVar("T")
+
+class Taker(Protocol):
+    """Who wants bytes of a tensor."""
+
+    @property
+    def region(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Offset and shape of what it wants of the tensor, in stored elements; None: all of it."""
 
 
-class Sink(Protocol):
+class Sink(Taker, Protocol):
     """Where a tensor's bytes go."""
 
     def host(self) -> memoryview: ...
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One data file of a checkpoint, as its part describes it."""
-
-    entry: FileEntry
-    stream: TensorFile
-
-    @property
-    def key(self) -> str:
-        return self.entry.key
-
-    def name(self, index: int) -> str:
-        """Full name in the state of tensor number ``index``."""
-        return self.entry.prefix + self.entry.tensors.names[index]
-
-    def names_in(self, block: int) -> list[str]:
-        """The tensors that have bytes in block number ``block``."""
-        return [self.name(piece.row) for piece in self.stream.pieces(block)]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds, after manifest and parts were proven against the commit record."""
-
-    commit: CommitRecord
-    digest: Literal["blake3", "sha256"]
-    parts: Sequence[PartRecord]
-
-    @cached_property
-    def files(self) -> list[DataFile]:
-        return [self._file(part, entry) for part in self.parts for entry in part.files]
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorRow]:
-        """Every tensor's stored form by its full name in the state."""
-        found: dict[str, TensorRow] = {}
-        for file in self.files:
-            for row in file.stream.rows:
-                if found.setdefault(file.entry.prefix + row.name, row) is not row:
-                    raise FormatError(f"{self.commit.id} lists tensor {row.name[:80]!r} twice", id=self.commit.id)
-        return found
-
-    def _file(self, part: PartRecord, entry: FileEntry) -> DataFile:
-        id = self.commit.id
-        key = layout.part_key(parse_id(id), part.rank)
-        if entry.owner not in (id, *self.commit.lenders):
-            # Only those named there are kept for its sake.
-            raise FormatError(
-                f"{key} borrows from {entry.owner}, which is no lender in the commit record", id=id, key=key
-            )
-        try:
-            return DataFile(entry, entry.layout())
-        except FormatError as error:
-            raise FormatError(f"{key} is malformed: {error}", id=id, key=key) from error
-
-
-class Rescue(Protocol):
-    """Where else the bytes of a damaged object lie; see ``rescue.Rescuer``."""
-
-    def record(self, key: str, wanted: Sealed256, id: str, *, limit: int, error: IntegrityError) -> bytes | None:
-        """The manifest or part that ``key`` should be; ``error`` is what is wrong with it."""
-
-    def readers(self, file: DataFile, id: str) -> Iterator[ObjectReader]:
-        """The same data file in other places, one after the other, as long as it is asked for."""
-
-    def rescued(self, contents: Contents, file: DataFile, block: int, error: IntegrityError) -> None:
-        """Told of each block that came from such a place."""
+T = TypeVar("T", bound=Taker)
 
 
 class BlockTask(NamedTuple):
@@ -117,85 +46,6 @@ class BlockTask(NamedTuple):
     reader: ObjectReader
     number: int
     pieces: list[Piece]
-
-
-def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None = None) -> Contents:
-    """Manifest and parts of a committed checkpoint, each checked against who points at it.
-
-    ``rescue`` is asked for what is damaged or missing.
-
-    Raises:
-        IntegrityError: missing, or other bytes than were committed.
-        FormatError: malformed or of a newer format.
-    """
-    id = parse_id(commit.id)
-    key = layout.manifest_key(id)
-    data = read_or_rescue(storage, key, commit.manifest, commit.id, MANIFEST_LIMIT, rescue)
-    manifest = parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT)
-    if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
-        raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
-    parts = []
-    for wanted in manifest.parts:
-        key = layout.part_key(id, wanted.rank)
-        data = read_or_rescue(storage, key, wanted, commit.id, PART_LIMIT, rescue)
-        part = parse(data, key, PartRecord, limit=PART_LIMIT)
-        if (part.id, part.rank) != (commit.id, wanted.rank):
-            raise IntegrityError(f"{key} belongs to rank {part.rank} of {part.id}", id=commit.id, key=key)
-        parts.append(part)
-    return Contents(commit, manifest.digest, parts)
-
-
-def read_or_rescue(storage: Storage, key: str, wanted: Sealed256, id: str, limit: int, rescue: Rescue | None) -> bytes:
-    """``read_sealed``, or what ``rescue`` has where it is missing or damaged.
-
-    Raises:
-        IntegrityError, FormatError: as ``read_sealed``, and nobody else has it.
-    """
-    try:
-        return read_sealed(storage, key, wanted, id, limit=limit)
-    except IntegrityError as error:
-        data = rescue.record(key, wanted, id, limit=limit, error=error) if rescue is not None else None
-        if data is None:
-            raise
-        return data
-
-
-def read_sealed(storage: Storage, key: str, wanted: Sealed256, id: str, *, limit: int) -> bytes:
-    """The record under ``key``, if it is the one that is ``wanted``.
-
-    Raises:
-        IntegrityError: missing, or it has other bytes.
-        FormatError: it is said to have more than ``limit`` bytes.
-    """
-    if wanted.size > limit:
-        raise FormatError(f"{key} is said to have {wanted.size} bytes, more than the {limit} allowed", id=id, key=key)
-    try:
-        data, size = _read_at_most(storage, key, wanted.size)
-        if size == wanted.size and sha256(data) != wanted.sha256:
-            # A flip on the way up heals by itself, one on the disk does not.
-            data, size = _read_at_most(storage, key, wanted.size)
-    except NotFoundError as error:
-        raise IntegrityError(f"{key} is missing", id=id, key=key) from error
-    if size != wanted.size:
-        raise IntegrityError(
-            f"{key} has {size} bytes, {wanted.size} were saved", id=id, key=key, expected=wanted.size, actual=size
-        )
-    actual = sha256(data)
-    if actual != wanted.sha256:
-        raise IntegrityError(
-            f"{key} is damaged: its SHA-256 differs", id=id, key=key, expected=wanted.sha256, actual=actual
-        )
-    return data
-
-
-def _read_at_most(storage: Storage, key: str, limit: int) -> tuple[bytes, int]:
-    """An object and its size; nothing of one that is longer than ``limit``."""
-    try:
-        # Its size is not asked for beforehand: that would be a second request, and may take as long as the first.
-        data = storage.read(key, limit=limit)
-    except FormatError:
-        return b"", storage.size(key)
-    return data, len(data)
 
 
 class _Lost:
@@ -284,8 +134,8 @@ def read_pieces(
 ) -> None:
     """Read the blocks that hold the ``wanted`` tensors, and call ``take`` for each piece of one, from any thread.
 
-    It gets what stands for the tensor in ``wanted``, and which bytes of the tensor these are: where they begin, and
-    they themselves, which are gone when it returns.
+    It gets what stands for the tensor in ``wanted``, and which bytes these are of what that wants: where they begin,
+    and they themselves, which are gone when it returns.
 
     Raises:
         IntegrityError: a block is damaged, also when read a second time.
@@ -293,7 +143,7 @@ def read_pieces(
     """
     plan = []
     for file in contents.files:
-        takers = [wanted.get(file.name(row)) for row in range(len(file.stream.rows))]
+        takers = [_wanted(contents, file, row, wanted) for row in range(len(file.stream.rows))]
         if blocks := _wanted_blocks(file, takers):
             plan.append((file, takers, blocks))
     total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
@@ -305,25 +155,58 @@ def read_pieces(
             check_blocks(contents, tasks, deliver, pool=pool, threads=threads, rescue=rescue)
 
 
-def _wanted_blocks(file: DataFile, takers: Sequence[object]) -> list[tuple[int, list[Piece]]]:
+class _Wanted(NamedTuple, Generic[T]):
+    """A stored tensor of which somebody wants something."""
+
+    taker: T
+    stored: Region
+    target: Region
+    item: int
+    """Bytes of an element."""
+
+    def runs(self, piece: Piece) -> Iterator[Run]:
+        """Which bytes of a piece are wanted, and where they go."""
+        if self.stored == self.target:
+            return iter((Run(piece.begin, piece.begin, piece.length),))
+        return runs(self.stored, self.target, self.item, piece.begin, piece.begin + piece.length)
+
+
+def _wanted(contents: Contents, file: DataFile, row: int, wanted: Mapping[str, T]) -> _Wanted[T] | None:
+    name = file.name(row)
+    taker = wanted.get(name)
+    if taker is None:
+        return None
+    target = Region.whole(contents.tensors[name].shape) if taker.region is None else Region(*taker.region)
+    return _Wanted(taker, file.region(row), target, ITEM_BYTES[file.stream.rows[row].dtype])
+
+
+def _wanted_blocks(file: DataFile, takers: Sequence[_Wanted[T] | None]) -> list[tuple[int, list[Piece]]]:
     if all(taker is None for taker in takers):
         return []
     numbered = ((number, file.stream.pieces(number)) for number in range(len(file.entry.blocks)))
-    found = [(number, [piece for piece in pieces if takers[piece.row] is not None]) for number, pieces in numbered]
+    found = [
+        (number, [piece for piece in pieces if _is_wanted(takers[piece.row], piece)]) for number, pieces in numbered
+    ]
     return [(number, pieces) for number, pieces in found if pieces]
 
 
+def _is_wanted(taker: _Wanted[T] | None, piece: Piece) -> bool:
+    return taker is not None and next(taker.runs(piece), None) is not None
+
+
 def _deliver(
-    takers: Sequence[T | None],
+    takers: Sequence[_Wanted[T] | None],
     take: Callable[[T, int, memoryview], None],
     meter: Meter,
     task: BlockTask,
     raw: memoryview,
 ) -> None:
-    for row, begin, length, offset in task.pieces:
-        taker = takers[row]
-        assert taker is not None
-        take(taker, begin, raw[offset : offset + length])
+    for piece in task.pieces:
+        wanted = takers[piece.row]
+        assert wanted is not None
+        for source, target, length in wanted.runs(piece):
+            at = piece.offset + source - piece.begin
+            take(wanted.taker, target, raw[at : at + length])
     meter.add(task.file.entry.blocks[task.number].length)
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ckptstore.engine.catalogue import Damage
-from ckptstore.engine.reader import Contents, DataFile, read_sealed
+from ckptstore.engine.contents import Contents, DataFile, read_sealed
 from ckptstore.errors import IntegrityError, NotFoundError, StorageError
 from ckptstore.format.records import Sealed256
 from ckptstore.storage.base import ObjectReader, Storage

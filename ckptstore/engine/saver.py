@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from ckptstore.engine.borrow import Lender, check_files, is_safe, may_be_lent, owners
+from ckptstore.engine.borrow import Lender, is_safe, may_be_lent
 from ckptstore.engine.buffers import BufferPool, StagingArea
 from ckptstore.engine.collector import collector_paused
-from ckptstore.engine.commit import bury, commit
+from ckptstore.engine.committer import Committer, Told
 from ckptstore.engine.compressor import Compressor
+from ckptstore.engine.contents import Contents, DataFile
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
-from ckptstore.engine.reader import Contents, DataFile
-from ckptstore.engine.stage import Stage, StateMoved
+from ckptstore.engine.share import Share
+from ckptstore.engine.stage import Stage
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.engine.writer import equals, write_files
 from ckptstore.errors import (
-    CheckpointError,
-    CommitUnknownError,
-    ExistsError,
     SaveFailedError,
-    StaleWriterError,
-    StateError,
-    StorageError,
 )
-from ckptstore.format import layout
-from ckptstore.format.digest import sha256
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import (
-    PART_LIMIT,
     CommitRecord,
     FileEntry,
-    ManifestRecord,
-    PartEntry,
     PartRecord,
     Sealed256,
     StoreRecord,
-    metric,
-    now,
-    seal,
-    to_json,
-    validate,
 )
-from ckptstore.format.tensorfile import BLOCK_BYTES
-from ckptstore.storage.base import Storage, is_key
+from ckptstore.storage.base import Storage
 
 Durable: TypeAlias = Literal["primary", "backup"]
 """When a save is done: as soon as it is durable here, or in every backup, too."""
-
-_UNKNOWN = Sealed256(size=1 << 40, sha256="0" * 64)
 
 
 class Captured(Protocol):
@@ -63,6 +44,11 @@ class Captured(Protocol):
     def sources(self) -> Sequence[Source]: ...
     @property
     def parameters(self) -> int: ...
+    @property
+    def elements(self) -> Mapping[str, int]: ...
+    def divided(
+        self, skip: Collection[int], rename: Mapping[str, str], cut: Mapping[str, tuple[int, int]]
+    ) -> Captured: ...
 
 
 @dataclass
@@ -81,24 +67,14 @@ class Tools:
     threads: int
     compressor: Compressor
 
-    def plan(self, state: Captured) -> Plan:
-        """The files that ``state`` makes."""
+    def plan(self, state: Captured, share: Share | None = None) -> Plan:
+        """The files that ``state`` makes, or this rank's share of it."""
         with collector_paused():
-            return Plan(state.sources, encoded=self.compressor.encodes)
+            return Plan(state.sources, encoded=self.compressor.encodes, label=share.label if share is not None else "")
 
     def stage(self, plan: Plan, *, safe: Change = Change.ALL) -> Stage:
         """Where the blocks of ``plan`` are taken from; ``safe`` as in ``Stage``."""
         return Stage(plan, self.pool, self.area, safe=safe)
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a commit record tells, besides what its files tell."""
-
-    facts: Facts
-    parameters: int
-    tensors: int
-    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +85,8 @@ class Job:
     facts: Facts
     durable: Durable = "primary"
     progress: Progress | None = None
+    share: Share | None = None
+    """Where several ranks save together."""
 
     @property
     def told(self) -> Told:
@@ -130,6 +108,11 @@ class Saver:
     check_fence: Callable[[], None]
     another_id: Callable[[], CheckpointId]
 
+    @property
+    def committer(self) -> Committer:
+        """What it commits with."""
+        return Committer(self.tools.storage, self.store, self.check_fence)
+
     def save(self, id: CheckpointId, job: Job, stage: Stage) -> Lender:
         """Write and commit the state as ``id``; the new checkpoint, as the next one's lender.
 
@@ -139,21 +122,26 @@ class Saver:
             StaleWriterError: a newer writer owns the store.
             StateMoved: a tensor was written to while it was read in place; nothing is left of this attempt.
         """
-        # The record has a size limit: better told now than after writing the data.
-        seal(self._record(id, job.told, [], _UNKNOWN))
+        self.committer.check_size(id, job.told)
         files: list[FileEntry] = []
 
         def write() -> Sealed256:
-            files.extend(self._files(id, job, stage))
-            return self._describe(id, self.store.digest, [_part(id, job, files)])
+            files.extend(self.files(id, job, stage))
+            return self.committer.describe(id, self.store.digest, [_part(id, job, files)])
 
-        record = self._commit(id, job.told, files, write, last_look=stage.check)
+        record = self.committer.commit(id, job.told, files, write, last_look=lambda record: stage.check())
         borrowed = [file for file in files if file.owner != str(id)]
         if borrowed and self.lender is not None and not self._is_safe(id, self.lender, borrowed):
             record, files = self._rewrite(record, job, stage.plan, files)
         return Lender.of(record, self.store.digest, files)
 
-    def _files(self, id: CheckpointId, job: Job, stage: Stage) -> list[FileEntry]:
+    def files(self, id: CheckpointId, job: Job, stage: Stage) -> list[FileEntry]:
+        """Write the data files, but for those that can be borrowed; all of them.
+
+        Raises:
+            StorageError: what was written here may not be used.
+            StateMoved: so does a tear.
+        """
         meter = Meter(stage.plan.raw_bytes, job.progress)
         borrowed = self._borrow(job, stage, meter)
         files = [file for file in stage.plan.files if file not in borrowed]
@@ -183,7 +171,7 @@ class Saver:
             return found
         for file in stage.plan.files:
             entry = lender.candidate(file, job.facts.step)
-            if entry is None or not is_safe(self.tools.storage, lender, [entry]):
+            if entry is None or not is_safe(self.tools.storage, lender.id, [entry]):
                 continue
             if equals(stage, file, entry, digest=self.store.digest, threads=self.tools.threads):
                 stage.drop(file)
@@ -192,16 +180,7 @@ class Saver:
         return found
 
     def _is_safe(self, id: CheckpointId, lender: Lender, borrowed: Sequence[FileEntry]) -> bool:
-        """Whether ``id``, which is committed, may keep what it borrows from ``lender``."""
-        try:
-            return is_safe(self.tools.storage, lender, borrowed)
-        except StorageError as error:
-            raise CommitUnknownError(
-                f"{id} was committed, but whether what it borrows from {lender.id} will stay is unknown ({error}); "
-                f"store.verify({str(id)!r}) tells once the storage answers",
-                id=str(id),
-                step=id.step,
-            ) from error
+        return self.committer.stays(id, lambda: is_safe(self.tools.storage, lender.id, borrowed))
 
     def _rewrite(
         self, first: CommitRecord, job: Job, plan: Plan, files: Sequence[FileEntry]
@@ -229,22 +208,18 @@ class Saver:
                 )
             found = own | {entry.name: entry for entry in fresh}
             entries.extend(found[file.name] for file in files)
-            return self._describe(again, self.store.digest, [_part(again, job, entries)])
+            return self.committer.describe(again, self.store.digest, [_part(again, job, entries)])
 
         lost = "the checkpoint from which it borrowed was deleted while it was saved"
         try:
-            record = self._commit(again, job.told, entries, write, last_look=lambda: None)
+            record = self.committer.commit(again, job.told, entries, write)
             broken = Lender.of(first, self.store.digest, files)
             if own and not self._is_safe(again, broken, list(own.values())):
-                self._bury(again, lost)
+                self.committer.bury(again, lost)
                 raise SaveFailedError(f"{again} was not saved: {lost}; save again", id=str(again), step=again.step)
         finally:
-            self._bury(id, lost)
+            self.committer.bury(id, lost)
         return record, entries
-
-    def _bury(self, id: CheckpointId, reason: str) -> None:
-        with contextlib.suppress(ExistsError):
-            bury(self.tools.storage, id, self.store.store_id, reason)
 
     def repeat(self, id: CheckpointId, past: Contents, facts: Facts, carry: Callable[[DataFile, str], None]) -> Lender:
         """Commit as ``id`` what ``past`` holds, borrowing from it where it is the lender; the next one's lender.
@@ -260,15 +235,15 @@ class Saver:
         def write() -> Sealed256:
             parts = [self._repeated(id, past, part, carry) for part in past.parts]
             files.extend(file for part in parts for file in part.files)
-            return self._describe(id, past.digest, parts)
+            return self.committer.describe(id, past.digest, parts)
 
         record, lender = past.commit, self.lender
         told = Told(facts, record.parameters, record.tensors, record.world_size)
-        made = self._commit(id, told, files, write, last_look=lambda: None)
+        made = self.committer.commit(id, told, files, write)
         borrowed = [file for file in files if file.owner != str(id)]
         if borrowed and lender is not None and not self._is_safe(id, lender, borrowed):
             lost = f"{lender.id}, from which it borrows, was deleted meanwhile"
-            self._bury(id, lost)
+            self.committer.bury(id, lost)
             raise SaveFailedError(f"{id} was not saved: {lost}", id=str(id), step=id.step)
         return Lender.of(made, past.digest, files)
 
@@ -284,121 +259,7 @@ class Saver:
             files.append(file)
         return part.model_copy(update={"id": str(id), "files": files})
 
-    # -- the order that every commit follows -------------------------------------------------------------
-
-    def _commit(
-        self,
-        id: CheckpointId,
-        told: Told,
-        files: Sequence[FileEntry],
-        write: Callable[[], Sealed256],
-        last_look: Callable[[], None],
-    ) -> CommitRecord:
-        try:
-            manifest = write()
-            record = self._record(id, told, files, manifest)
-            # Its numbers are longer now than in the first try.
-            seal(record)
-            check_files(self.tools.storage, id, files)
-            last_look()
-            self.check_fence()
-        except BaseException as error:
-            self._discard(id)
-            failed = _failed(id, error)
-            if failed is error:
-                raise
-            raise failed from error
-        # From here on only a certain failure removes anything: an interrupt, too, may come after the effect.
-        try:
-            commit(self.tools.storage, id, record)
-        except SaveFailedError:
-            self._discard(id)
-            raise
-        except StorageError as error:
-            self._discard(id)
-            raise _failed(id, error) from error
-        return record
-
-    def _discard(self, id: CheckpointId) -> None:
-        with contextlib.suppress(CheckpointError):
-            discard(self.tools.storage, id)
-
-    def _describe(
-        self, id: CheckpointId, digest: Literal["blake3", "sha256"], parts: Sequence[PartRecord]
-    ) -> Sealed256:
-        """Write parts and manifest; size and digest of the manifest."""
-        manifest = to_json(
-            ManifestRecord(
-                store_id=self.store.store_id,
-                id=str(id),
-                digest=digest,
-                block_bytes=BLOCK_BYTES,
-                world_size=len(parts),
-                parts=[self._put(id, part) for part in parts],
-            )
-        )
-        self.tools.storage.create(layout.manifest_key(id), manifest)
-        return Sealed256(size=len(manifest), sha256=sha256(manifest))
-
-    def _put(self, id: CheckpointId, part: PartRecord) -> PartEntry:
-        with collector_paused():
-            data = to_json(part)
-        if len(data) > PART_LIMIT:
-            raise StateError(
-                f"{id} was not saved: what is no tensor takes {len(data)} bytes of JSON, tensor tables included, "
-                f"and {PART_LIMIT} can be loaded again: store long lists and texts as tensors, arrays or bytes",
-                id=str(id),
-                step=id.step,
-            )
-        self.tools.storage.create(layout.part_key(id, part.rank), data)
-        return PartEntry(rank=part.rank, size=len(data), sha256=sha256(data))
-
-    def _record(self, id: CheckpointId, told: Told, files: Sequence[FileEntry], manifest: Sealed256) -> CommitRecord:
-        facts = told.facts
-        return validate(
-            CommitRecord,
-            {
-                "store_id": self.store.store_id,
-                "id": str(id),
-                "step": facts.step,
-                "epoch": facts.epoch,
-                "metrics": {name: metric(value) for name, value in facts.metrics.items()},
-                "modes": facts.modes,
-                "reasons": list(facts.reasons),
-                "created": now(),
-                "parameters": told.parameters,
-                "tensors": told.tensors,
-                "files": len(files),
-                "raw_bytes": sum(block.raw for file in files for block in file.blocks),
-                "stored_bytes": sum(file.stored_bytes for file in files),
-                "borrowed_bytes": sum(file.stored_bytes for file in files if file.owner != str(id)),
-                "world_size": told.ranks,
-                "manifest": manifest,
-                "lenders": owners(id, files),
-            },
-            f"the record of {id}",
-        )
-
 
 def _part(id: CheckpointId, job: Job, files: Sequence[FileEntry]) -> PartRecord:
     with collector_paused():
         return PartRecord(id=str(id), rank=0, files=list(files), tree=job.state.tree)
-
-
-def discard(storage: Storage, id: CheckpointId) -> None:
-    """Remove every object in the folder of ``id``, one by one, by name. What has no key's name stays."""
-    keys = [entry.key for entry in storage.list(layout.folder(id))]
-    storage.delete([key for key in keys if is_key(key.removesuffix("/"))])
-    storage.delete([layout.folder(id)])
-
-
-def _failed(id: CheckpointId, error: BaseException) -> BaseException:
-    """The error to raise for ``error``: the kinds that say enough, and interrupts, stay as they are."""
-    says_enough = SaveFailedError | StaleWriterError | StateError | StateMoved
-    if isinstance(error, says_enough) or not isinstance(error, Exception):
-        return error
-    return SaveFailedError(
-        f"{id} was not saved: {error}. Older checkpoints are untouched; free the cause and save again",
-        id=str(id),
-        step=id.step,
-    )

@@ -81,7 +81,8 @@ def equals(stage: Stage, file: PlannedFile, entry: FileEntry, *, digest: str, th
     except _DifferentError:
         return False
     # The header is in the first block; it doesn't tell what a tensor is that safetensors has no name for.
-    return entry.tensors.logical == TensorTable.of(file.stream.rows).logical
+    table = TensorTable.of(file.stream.rows, file.shards)
+    return (entry.tensors.logical, entry.tensors.shards) == (table.logical, table.shards)
 
 
 class _DifferentError(Exception):
@@ -135,7 +136,7 @@ class _Writing:
             owner=str(self._id),
             prefix=self._file.prefix,
             stored_bytes=self._stored_bytes,
-            tensors=TensorTable.of(self._file.stream.rows),
+            tensors=TensorTable.of(self._file.stream.rows, self._file.shards),
             blocks=[block for block in self._blocks if block is not None],
         )
 

@@ -217,6 +217,16 @@ class BlockEntry(Record):
         return self
 
 
+class ShardEntry(Record):
+    """Where a shard lies in its tensor, in elements."""
+
+    tensor: Annotated[str, StringConstraints(max_length=4096)]
+    """The tensor's name, without the file's prefix: shards of it, of this rank and of others, have it in common."""
+    shape: list[Count]
+    """Of the whole tensor."""
+    offset: list[Count]
+
+
 class TensorTable(Record):
     """The tensors of a file by column, which for 100,000 tensors is five times faster than by row."""
 
@@ -225,21 +235,25 @@ class TensorTable(Record):
     shapes: list[list[Count]]
     logical: dict[str, Text]
     """What a tensor is in memory, by name; only where the stored elements are not the tensor itself."""
+    shards: dict[str, ShardEntry] | None = None
+    """Of which tensor a stored one is a shard, by name; only where it isn't a whole one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not len(self.names) == len(self.dtypes) == len(self.shapes) or self.logical.keys() - set(self.names):
+        named = self.logical.keys() | (self.shards or {}).keys()
+        if not len(self.names) == len(self.dtypes) == len(self.shapes) or named - set(self.names):
             raise ValueError("the columns of the tensor table don't fit together")
         return self
 
     @classmethod
-    def of(cls, rows: Sequence[TensorRow]) -> Self:
+    def of(cls, rows: Sequence[TensorRow], shards: dict[str, ShardEntry] | None = None) -> Self:
         """The table of ``rows``; the inverse of ``rows()``."""
         return cls(
             names=[row.name for row in rows],
             dtypes=[row.dtype for row in rows],
             shapes=[list(row.shape) for row in rows],
             logical={row.name: row.logical for row in rows if row.logical is not None},
+            shards=shards or None,
         )
 
     def rows(self) -> list[TensorRow]:
@@ -297,6 +311,10 @@ class PartRecord(Record):
     format: Literal[1] = FORMAT
     id: Text
     rank: Count
+    world_size: Annotated[int, Field(ge=2, lt=1 << 32)] | None = None
+    """How many ranks saved together, as this one understood it; only where there are several."""
+    plan: Hex256 | None = None
+    """Digest of what they agreed upon: who writes what. The same in all parts of a checkpoint."""
     files: list[FileEntry]
     tree: Any
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from ckptstore.engine.borrow import lies_there
 from ckptstore.engine.catalogue import Checkpoint, Damage
 from ckptstore.engine.commit import commit, parse_fate
-from ckptstore.engine.reader import Contents, DataFile, Rescue, read_contents, read_or_rescue
+from ckptstore.engine.contents import Contents, DataFile, Rescue, read_contents, read_or_rescue
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import ExistsError, FormatError, IntegrityError, NotFoundError, SaveFailedError, StorageError
 from ckptstore.format import layout

@@ -9,8 +9,8 @@ from ckptstore.engine.backups import GLANCE_S, Backups
 from ckptstore.engine.bounded import within
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.commit import EVICTED
+from ckptstore.engine.contents import read_contents
 from ckptstore.engine.finder import Finder
-from ckptstore.engine.reader import read_contents
 from ckptstore.errors import CheckpointError, ExistsError
 from ckptstore.format import layout
 from ckptstore.maintenance.keep import bury

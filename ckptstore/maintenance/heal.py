@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from ckptstore.engine.reader import Contents, DataFile, Rescue
+from ckptstore.engine.contents import Contents, DataFile, Rescue
 from ckptstore.errors import CheckpointError, IntegrityError
 from ckptstore.format import layout
 from ckptstore.maintenance.transfer import Carrier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ckptstore.engine.catalogue import Catalogue, Checkpoint
-from ckptstore.engine.reader import read_contents
+from ckptstore.engine.contents import read_contents
 from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id

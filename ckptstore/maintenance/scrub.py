@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.contents import Contents, read_contents
 from ckptstore.engine.finder import Finder
-from ckptstore.engine.reader import BlockTask, Contents, open_file, read_contents, read_stored
+from ckptstore.engine.reader import BlockTask, open_file, read_stored
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES

@@ -7,7 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from ckptstore.engine.buffers import BufferPool
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, Rescue, open_file, read_stored
+from ckptstore.engine.contents import Contents, DataFile, Rescue
+from ckptstore.engine.reader import BlockTask, open_file, read_stored
 from ckptstore.engine.workers import give_way, run
 from ckptstore.errors import IntegrityError
 from ckptstore.storage.base import ObjectReader, Storage

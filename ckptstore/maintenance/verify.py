@@ -13,7 +13,8 @@ from functools import partial
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
 from ckptstore.engine.commit import read_record, read_store
-from ckptstore.engine.reader import BlockTask, Contents, DataFile, Rescue, check_blocks, open_file, read_contents
+from ckptstore.engine.contents import Contents, DataFile, Rescue, read_contents
+from ckptstore.engine.reader import BlockTask, check_blocks, open_file
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout

@@ -85,7 +85,7 @@ class Comparison:
     def __init__(self, specs: Sequence[TensorSpec], live: Snapshot, selection: Selection | None) -> None:
         self.findings: list[Finding] = []
         self._specs = {spec.name: spec for spec in specs}
-        self._sources = {source.spec.name: source for source in live.sources}
+        self._sources = {source.whole.name: source for source in live.sources}
         self._selection = selection
 
     def walk(self, saved: Any, live: Any, place: _Place) -> None:
@@ -106,7 +106,7 @@ class Comparison:
         if mine.text != theirs.text or (mine.tensor is None) != (theirs.tensor is None):
             self._differs(place, saved, live)
         elif mine.tensor is not None and theirs.tensor is not None:
-            self._tensor(mine.tensor, self._sources[theirs.tensor], place)
+            self._tensor(mine.tensor, self._sources.get(theirs.tensor), place)
         else:
             if _kind(saved) in _WHOLE:
                 place = place._replace(name=place.label)
@@ -135,12 +135,15 @@ class Comparison:
         if place.asked or selection is None or any(selection.asks(node, place.path) for node in nodes):
             self.findings.append(Finding(place.label))
 
-    def _tensor(self, name: str, live: TensorSource, place: _Place) -> None:
+    def _tensor(self, name: str, live: TensorSource | None, place: _Place) -> None:
+        if live is None:
+            # Of a tensor that is spread over processes this one has nothing.
+            return
         spec = self._specs.get(name)
         if spec is None:
             raise FormatError(f"{place.path!r} refers to the tensor {name!r}, which the checkpoint doesn't have")
         if place.asked or (self._selection is not None and self._selection.matches(name)):
-            alike = (spec.dtype, tuple(spec.shape), spec.logical) == live.spec[1:]
+            alike = (spec.dtype, tuple(spec.shape), spec.logical) == live.whole[1:]
             self.findings.append(Finding(place.label, name, live if alike else None))
 
 

@@ -24,6 +24,7 @@ from ckptstore.state.dtypes import numpy_dtype, numpy_stored, torch_dtype
 from ckptstore.state.encode import FACTORIES, MAX_DEPTH, is_key_node, join, key_text
 from ckptstore.state.registry import Registration, is_namedtuple, registered_name
 from ckptstore.state.select import ABSENT
+from ckptstore.state.sharding import Box
 from ckptstore.state.tensors import Destination, TensorSpec, tensor_shape
 from ckptstore.state.values import DICT_KINDS, TAG, VALUE_DECODERS
 
@@ -89,11 +90,21 @@ class Decoder:
             raise FormatError(f"the array at {path!r} isn't stored as its element type {dtype.str} is")
         return spec, dtype, spec.shape[:cut]
 
-    def destination(self, spec: TensorSpec) -> Destination:
-        """Where the tensor's bytes go, on first request in memory of its own."""
+    def destination(self, spec: TensorSpec, region: Box | None = None) -> Destination:
+        """Where the bytes of a tensor, or of a region of it, go, on first request in memory of its own.
+
+        Raises:
+            StateError: two different regions of it are wanted.
+        """
         found = self.wanted.get(spec.name)
         if found is None:
-            found = self.wanted[spec.name] = Destination(spec)
+            found = self.wanted[spec.name] = Destination(spec, None, region)
+        elif found.region != region:
+            raise StateError(
+                f"{spec.name!r} stands at two places of the state, and the target has different shards of it there: "
+                "spread both alike",
+                path=spec.name,
+            )
         found.copied = True
         return found
 

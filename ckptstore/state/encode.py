@@ -16,10 +16,11 @@ import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ckptstore.errors import StateError
-from ckptstore.state import modules, optimizer, rng
+from ckptstore.state import modules, optimizer, rng, sharding
 from ckptstore.state.device import DeviceReader
 from ckptstore.state.dtypes import CODE_BYTES, TORCH_STORED, numpy_stored
 from ckptstore.state.registry import Registration, is_namedtuple, registered_class, type_name
+from ckptstore.state.sharding import Shard
 from ckptstore.state.tensors import TensorSource, TensorSpec
 from ckptstore.state.values import (
     EXACT_INT,
@@ -111,28 +112,42 @@ class Encoder:
 
     def tensor(self, value: torch.Tensor, path: str) -> dict[str, Json]:
         """The node of a tensor, which becomes a source unless the very same one already is."""
-        row = TORCH_STORED.get(value.dtype)
-        if row is None or value.layout is not torch.strided or value.is_nested or type(value) not in _TENSORS:
-            raise _refused_tensor(value, path)
-        pointer = 0 if value.is_meta else value.data_ptr()
-        count = value.numel()
-        if not pointer and count:
-            raise _refused_tensor(value, path)
-        shape = tuple(value.shape)
-        key = (pointer, shape, value.stride(), value.dtype, None if value.is_cpu else value.device)
-        # A lazily conjugated or negated view has the memory of its base, and other values.
-        shares = count and not value.is_neg() and not (value.is_complex() and value.is_conj())
-        name = self._shared.get(key) if shares else None
+        if sharding.is_sharded(value):
+            return self._sharded(value, path)
+        _check_tensor(value, path)
+        key = _identity(value, value.shape)
+        name = self._shared.get(key) if key is not None else None
         if name is None:
             name = self._name(path)
-            spec = TensorSpec(name, row.code, shape + row.tail, row.logical)
-            reader = self._reader(value)
-            own = pointer if shares and (reader or value.is_cpu) and value.is_contiguous() else 0
-            nbytes = count * value.element_size()
-            self.sources.append(TensorSource(spec, nbytes, value, place=own, reader=reader))
-            if shares:
-                self._shared[key] = name
+            self._add(value, name, key, None)
         return {TAG: "tensor", "name": name}
+
+    def _sharded(self, value: torch.Tensor, path: str) -> dict[str, Json]:
+        """The node of a tensor that is spread over processes: it names the whole; the part here becomes a source."""
+        local, box = sharding.local_of(value), sharding.box_of(value, path)
+        if box is None:
+            return {TAG: "tensor", "name": self._name(path)}
+        _check_tensor(local, path)
+        key = _identity(local, value.shape)
+        name = self._shared.get(key) if key is not None else None
+        if name is None:
+            name, tail = self._name(path), TORCH_STORED[value.dtype].tail
+            region = box[0] + (0,) * len(tail), box[1] + tail
+            spread = local.shape != value.shape
+            self._add(local, name, key, Shard(name, tuple(value.shape) + tail, region) if spread else None)
+        return {TAG: "tensor", "name": name}
+
+    def _add(self, value: torch.Tensor, name: str, key: tuple[Any, ...] | None, shard: Shard | None) -> None:
+        """Make a plain tensor of this process a source."""
+        row = TORCH_STORED[value.dtype]
+        stored = name if shard is None else self._name(f"{name}@{'.'.join(map(str, shard.region[0]))}")
+        spec = TensorSpec(stored, row.code, tuple(value.shape) + row.tail, row.logical)
+        reader = self._reader(value)
+        own = key[0] if key is not None and (reader or value.is_cpu) and value.is_contiguous() else 0
+        nbytes = value.numel() * value.element_size()
+        self.sources.append(TensorSource(spec, nbytes, value, place=own, reader=reader, shard=shard))
+        if key is not None:
+            self._shared[key] = name
 
     def _reader(self, value: torch.Tensor) -> DeviceReader | None:
         """What reads a tensor on a device; made here, in the caller's thread, because it waits for its stream."""
@@ -196,7 +211,7 @@ class Encoder:
 
     def _plain_tensor(self, value: torch.Tensor, path: str) -> Json:
         node = self.tensor(value, path)
-        if type(value) is torch.nn.Parameter:
+        if isinstance(value, torch.nn.Parameter):
             node["parameter"] = True
         if value.requires_grad and value.is_leaf:
             node["grad"] = True
@@ -278,7 +293,7 @@ class Encoder:
         if registration is not None and registration.to_state is not None:
             return self._registered(registration, value, path)
         if isinstance(value, torch.Tensor):
-            raise _refused_tensor(value, path)
+            return self._plain_tensor(value, path)
         if isinstance(value, np.ndarray):
             return self.array(value, path)
         if isinstance(value, np.generic) and (fields := scalar_fields(value)) is not None:
@@ -327,6 +342,25 @@ class Encoder:
             return {key: self.encode(item, join(path, key)) for key, item in content.items()}
 
 
+def _check_tensor(value: torch.Tensor, path: str) -> None:
+    """Nothing, if the tensor can be stored (StateError)."""
+    strange = value.layout is not torch.strided or value.is_nested or type(value) not in _TENSORS
+    if value.dtype not in TORCH_STORED or strange or (value.numel() and (value.is_meta or not value.data_ptr())):
+        raise _refused_tensor(value, path)
+
+
+def _identity(value: torch.Tensor, shape: torch.Size) -> tuple[Any, ...] | None:
+    """What two tensors that are one have in common; None for one that shares its memory with nobody.
+
+    ``shape`` is that of the whole, of which ``value`` may be a part.
+    """
+    # A lazily conjugated or negated view has the memory of its base, and other values.
+    if not value.numel() or value.is_neg() or (value.is_complex() and value.is_conj()):
+        return None
+    device = None if value.is_cpu else value.device
+    return value.data_ptr(), tuple(value.shape), tuple(shape), value.stride(), value.dtype, device
+
+
 def _is_plain(values: list[Any]) -> bool:
     """Whether JSON has words for all of these, so that long lists of numbers need no walk."""
     types = set(map(type, values))
@@ -356,8 +390,6 @@ def _refused_tensor(value: torch.Tensor, path: str) -> StateError:
         cause, way_out = f"is quantised ({value.dtype})", "store int_repr() with its scale and zero point"
     elif value.layout is not torch.strided:
         cause, way_out = f"is sparse ({value.layout})", "store its indices and values, or to_dense()"
-    elif type(value).__name__ == "DTensor":
-        cause, way_out = "is a DTensor", "save it with the distributed writer, or store its full_tensor()"
     elif value.is_nested:
         cause, way_out = "is a nested tensor", "store its unbind() as a list"
     elif type(value) not in _TENSORS:

@@ -65,7 +65,13 @@ def _is_plain_itself(module: nn.Module) -> bool:
 
 
 def _has_foreign(hooks: dict[int, object] | None) -> bool:
-    return hooks is not None and not all(map(is_fence, hooks.values()))
+    return hooks is not None and not all(is_fence(hook) or _only_reshards(hook) for hook in hooks.values())
+
+
+def _only_reshards(hook: object) -> bool:
+    """Whether a hook is that of ``fully_shard``, which has a module's parameters be its shards again."""
+    function = getattr(hook, "hook", hook)
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp._fully_shard")
 
 
 def canonical_names(root: nn.Module) -> Callable[[str], str]:

@@ -149,19 +149,25 @@ def pair(pairing: Pairing, node: dict[str, Any], target: torch.optim.Optimizer, 
     saved = read(node, path)
     if not pairing.same_class(node, target, path):
         return
-    _check_counts(saved, target, path)
-    matched = _match(pairing, saved, target)
+    if pairing.union:
+        matched = _match_by_name(pairing, saved, target, path)
+    else:
+        _check_counts(saved, target, path)
+        matched = _match(pairing, saved, target)
     for number, (group, live) in enumerate(zip(saved.groups, target.param_groups, strict=True)):
         _pair_options(pairing, group.options, live, f"{path}/groups/{number}")
         on_device = any(_plain_flag(group.options, flag) for flag in ("capturable", "fused"))
         for ref, shape in zip(group.params, group.shapes, strict=True):
-            parameter = matched[ref]
+            parameter = matched.get(ref)
+            if parameter is None:
+                # Another rank has it.
+                continue
             if list(parameter.shape) != shape:
                 pairing.mismatched(f"{path}/state/{ref}", f"saved {shape}, target {list(parameter.shape)}")
             elif ref in saved.state:
                 _pair_state(pairing, saved.state[ref], _Slot(target, parameter, on_device), f"{path}/state/{ref}")
     other = pairing.decoder.parse(saved.other, f"{path}/other")
-    kept = {id(matched[ref]) for ref in saved.state}
+    kept = {id(matched[ref]) for ref in saved.state if ref in matched}
     pairing.later(lambda: _finish(target, kept, other(), pairing.partial), target, path)
 
 
@@ -198,6 +204,34 @@ def _match(pairing: Pairing, saved: Saved, target: torch.optim.Optimizer) -> dic
     if {id(parameter) for parameter in named.values()} == set(map(id, live)) and len(named) == len(refs):
         return dict(named)
     return dict(zip(refs, live, strict=True))
+
+
+def _match_by_name(pairing: Pairing, saved: Saved, target: torch.optim.Optimizer, path: str) -> dict[str, torch.Tensor]:
+    """Saved name → the target's parameter, where the saved ones are those of several ranks, and the target has some.
+
+    Raises:
+        StateError: another number of groups, or a parameter that no rank has saved, or that has no name.
+    """
+    if len(target.param_groups) != len(saved.groups):
+        _check_counts(saved, target, path)
+    names: dict[int, str] = {}
+    for name, parameter in pairing.owners.items():
+        # A tied one is saved under its first name.
+        names.setdefault(id(parameter), name)
+    found: dict[str, torch.Tensor] = {}
+    for number, (group, live) in enumerate(zip(saved.groups, target.param_groups, strict=True)):
+        refs = set(group.params)
+        for index, parameter in enumerate(live["params"]):
+            name = names.get(id(parameter), f"#{number}.{index}")
+            if name not in refs:
+                raise StateError(
+                    f"group {number} of the optimizer at {path!r} has the parameter {name!r}, which no rank has saved "
+                    "in that group: build it with the same groups, and have the model in the state, so that its "
+                    "parameters have names",
+                    path=path,
+                )
+            found[name] = parameter
+    return found
 
 
 def _plain_flag(options: object, name: str) -> bool:
@@ -259,7 +293,8 @@ def _pair_state(pairing: Pairing, node: object, slot: _Slot, path: str) -> None:
             pairing.tensor(child, live, place)
             makers[key] = None
         else:
-            makers[key] = pairing.decoder.parse(child, place)
+            spread = pairing.spread(child, slot.parameter, place)
+            makers[key] = pairing.decoder.parse(child, place) if spread is None else spread
 
     def put() -> None:
         # Whoever keeps a reference to the parameter's state goes on seeing it.

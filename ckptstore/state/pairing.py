@@ -7,13 +7,13 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ckptstore.errors import FormatError, StateError
-from ckptstore.state import modules, optimizer, rng
+from ckptstore.state import modules, optimizer, rng, sharding
 from ckptstore.state.decode import Decoder, Maker, array_of, build_dataclass
 from ckptstore.state.encode import MAX_DEPTH, join, key_text
 from ckptstore.state.inplace import (
@@ -32,11 +32,25 @@ from ckptstore.state.inplace import (
     only_live,
     same,
 )
+from ckptstore.state.merge import APART
 from ckptstore.state.registry import is_namedtuple, registered_class, type_name
 from ckptstore.state.report import LoadReport
 from ckptstore.state.select import ABSENT, Selection
+from ckptstore.state.sharding import Box
 from ckptstore.state.tensors import Destination, TensorSpec
 from ckptstore.state.values import DICT_KINDS, TAG
+
+
+class Newcomer(NamedTuple):
+    """A process that wasn't there when the checkpoint was saved.
+
+    Attributes:
+        first: only one process was there.
+    """
+
+    number: int
+    first: bool
+
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.Tensor))
@@ -52,10 +66,21 @@ class Pairing:
         randoms: random state.
         missing_parts, unexpected_parts: entries of the state that only one side has, where that is no misfit.
         owners: full name → parameter, of all modules in the target.
+        union: the tree is that of several processes, of which the target may be one.
     """
 
-    def __init__(self, decoder: Decoder, selection: Selection | None, strict: bool) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        selection: Selection | None,
+        strict: bool,
+        *,
+        union: bool = False,
+        newcomer: Newcomer | None = None,
+    ) -> None:
         self.decoder = decoder
+        self.union = union
+        self._newcomer = newcomer
         self.strict = strict
         self.partial = selection is not None
         self.report = LoadReport()
@@ -165,10 +190,20 @@ class Pairing:
         return None
 
     def tensor(self, node: object, target: torch.Tensor, path: str) -> None:
-        """Plan to restore one tensor in place."""
+        """Plan to restore one tensor in place; of one that is spread over processes the part that is here."""
         spec, dtype, shape = self.decoder.tensor_spec(node, path)
+        region: Box | None = None
+        if sharding.is_sharded(target):
+            if target.shape != shape:
+                self.mismatched(path, f"saved {list(shape)}, target {list(target.shape)}")
+                return
+            box, target = sharding.box_of(target, path), sharding.local_of(target)
+            if box is None:
+                return
+            spec, region = sharding.cut(spec, box)
+            shape = box[1]
         alike = target.dtype == dtype and target.shape == shape and type(target) in PLAIN_TENSORS
-        if alike and target.is_cpu and target.is_contiguous() and self._read_straight(spec, target):
+        if alike and target.is_cpu and target.is_contiguous() and self._read_straight(spec, target, region):
             return
         obstacle = obstacle_to(target, dtype)
         if obstacle is not None or target.shape != shape:
@@ -178,10 +213,10 @@ class Pairing:
             return
         if target.dtype != dtype:
             self.report.cast.append(path)
-        destination = self.decoder.destination(spec)
+        destination = self.decoder.destination(spec, region)
         self.tensors.append(lambda: copy_tensor(target, destination.tensor()))
 
-    def _read_straight(self, spec: TensorSpec, target: torch.Tensor) -> bool:
+    def _read_straight(self, spec: TensorSpec, target: torch.Tensor, region: Box | None) -> bool:
         """Let the bytes go into the target's own memory. Never those of two stored tensors into the same."""
         pointer = target.data_ptr()
         if pointer in self._claimed or spec.name in self.decoder.wanted or target.is_neg() or target.is_conj():
@@ -189,7 +224,7 @@ class Pairing:
         if not pointer or target.is_nested:
             return False
         self._claimed.add(pointer)
-        self.decoder.wanted[spec.name] = Destination(spec, target)
+        self.decoder.wanted[spec.name] = Destination(spec, target, region)
         return True
 
     def fits(self, node: object, live: torch.Tensor, path: str) -> bool:
@@ -197,7 +232,21 @@ class Pairing:
         if _kind(node) != "tensor":
             return False
         _, dtype, shape = self.decoder.tensor_spec(node, path)
-        return live.dtype == dtype and live.shape == shape and obstacle_to(live, dtype) is None
+        return live.dtype == dtype and live.shape == shape and obstacle_to(sharding.local_of(live), dtype) is None
+
+    def spread(self, node: object, parameter: torch.Tensor, path: str) -> Maker | None:
+        """What makes a new tensor that is spread as ``parameter`` is; None where the node is none of its shape."""
+        if not sharding.is_sharded(parameter) or _kind(node) != "tensor":
+            return None
+        spec, dtype, shape = self.decoder.tensor_spec(node, path)
+        if parameter.shape != shape:
+            return None
+        box = sharding.box_of(parameter, path)
+        if box is None:
+            nothing = torch.empty_like(sharding.local_of(parameter), dtype=dtype)
+            return lambda: sharding.like(parameter, nothing)
+        destination = self.decoder.destination(*sharding.cut(spec, box))
+        return lambda: sharding.like(parameter, destination.tensor().to(parameter.device))
 
     def mismatched(self, path: str, why: str) -> None:
         """Report what can't be restored."""
@@ -266,6 +315,10 @@ class Pairing:
         kind = node[TAG]
         make = self.decoder.parse(node.get("state"), path)
         self.randoms.append(lambda: rng.set_state(kind, target, make(), path))
+        new = self._newcomer
+        if new is not None and (node.get(APART) is True or (new.first and kind == "rng")):
+            # No two processes shall draw the same numbers, where they didn't before.
+            self.randoms.append(lambda: rng.derive(kind, target, new.number))
 
     def _other(self, node: Any, target: Any, path: str, depth: int) -> Maker | None:
         kind = _kind(node)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ckptstore.errors import CheckpointError, FormatError
 from ckptstore.state.decode import Decoder, Maker
-from ckptstore.state.pairing import Pairing
+from ckptstore.state.pairing import Newcomer, Pairing
 from ckptstore.state.report import LoadReport
 from ckptstore.state.select import Selection
 from ckptstore.state.tensors import Destination, TensorSpec
@@ -95,17 +95,50 @@ def restore_into(
         FormatError: the tree is malformed.
         StateError: something is missing, unexpected or mismatched (all of it is listed), or a pattern matches nothing.
     """
-    with _Bounded():
-        selection = None if only is None else Selection(only, whole_statefuls=True)
-        pairing = Pairing(Decoder(specs), selection, bool(strict))
-        if strict == "parts":
-            pairing.plan_parts(tree, into)
-        else:
-            pairing.plan(tree if selection is None else selection.prune(tree), into)
-    pairing.report.close(strict=bool(strict))
-    pairing.report.add_apart(pairing.missing_parts, pairing.unexpected_parts)
-    steps = [*pairing.tensors, *pairing.values, *pairing.loads, *pairing.randoms]
-    return Restoration(pairing.decoder.wanted, pairing.report, steps, lambda: into)
+    return Draft(tree, specs, into, only=only, strict=strict).close()
+
+
+class Draft:
+    """What ``restore_into`` would do, before it is judged: other processes may have a say in it.
+
+    Attributes:
+        report: how checkpoint and target differ.
+        union: the tree is that of several processes, so that others may take what this one doesn't expect.
+    """
+
+    def __init__(
+        self,
+        tree: Json,
+        specs: Sequence[TensorSpec],
+        into: object,
+        *,
+        only: Sequence[str] | None,
+        strict: bool | Literal["parts"],
+        union: bool = False,
+        newcomer: Newcomer | None = None,
+    ) -> None:
+        """As ``restore_into``; ``union`` and ``newcomer`` as in ``Pairing``."""
+        with _Bounded():
+            selection = None if only is None else Selection(only, whole_statefuls=True)
+            pairing = Pairing(Decoder(specs), selection, bool(strict), union=union, newcomer=newcomer)
+            if strict == "parts":
+                pairing.plan_parts(tree, into)
+            else:
+                pairing.plan(tree if selection is None else selection.prune(tree), into)
+        self._pairing, self._into, self._strict = pairing, into, bool(strict)
+        self.report, self.union = pairing.report, union
+
+    def close(self) -> Restoration:
+        """Judge it.
+
+        Raises:
+            StateError: something is missing, unexpected or mismatched; all of it is listed.
+        """
+        pairing = self._pairing
+        pairing.report.close(strict=self._strict)
+        pairing.report.add_apart(pairing.missing_parts, pairing.unexpected_parts)
+        steps = [*pairing.tensors, *pairing.values, *pairing.loads, *pairing.randoms]
+        return Restoration(pairing.decoder.wanted, pairing.report, steps, lambda: self._into)
 
 
 class _Bounded:

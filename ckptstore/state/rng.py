@@ -186,6 +186,39 @@ def set_state(kind: str, target: Any, state: Any, path: str) -> None:
         raise StateError(f"the random state at {path!r} doesn't fit: {error}", path=path) from error
 
 
+def derive(kind: str, target: Any, number: int) -> None:
+    """Let a generator whose state was just restored go another way, which ``number`` determines."""
+    drawn = int(_DRAWS[kind](target))
+    seed = random.Random(f"{drawn}/{number}").getrandbits(63)
+    _SEEDS[kind](target, seed)
+
+
+def _seed_all(target: RNG, seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _seed_numpy(target: np.random.Generator, seed: int) -> None:
+    target.bit_generator.state = type(target.bit_generator)(seed).state
+
+
+_DRAWS: dict[str, Callable[[Any], Any]] = {
+    "rng": lambda target: torch.randint(2**62, ()),
+    "torch_generator": lambda target: torch.randint(2**62, (), generator=target, device=target.device),
+    "numpy_generator": lambda target: target.integers(2**62),
+    "numpy_random_state": lambda target: target.randint(2**31),
+    "python_random": lambda target: target.getrandbits(62),
+}
+_SEEDS: dict[str, Callable[[Any, int], object]] = {
+    "rng": _seed_all,
+    "torch_generator": lambda target, seed: target.manual_seed(seed),
+    "numpy_generator": _seed_numpy,
+    "numpy_random_state": lambda target, seed: target.seed(seed % 2**32),
+    "python_random": lambda target, seed: target.seed(seed),
+}
+
+
 def make(kind: str, state: Any, device: object, path: str) -> Any:
     """A generator with a loaded state; just the state for the whole process's and for other devices."""
     if kind == "rng" or (kind == "torch_generator" and device != "cpu"):

@@ -17,6 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptstore.errors import StateError
+from ckptstore.state.sharding import local_of
 from ckptstore.state.tensors import TensorSource
 
 IN_PLACE_BYTES = 64 << 10
@@ -149,7 +150,7 @@ _before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 def _before_load(module: torch.nn.Module, *_: object) -> None:
     if _open:
-        addresses = {parameter.data_ptr() for parameter in module.parameters(recurse=False)}
+        addresses = {local_of(parameter).data_ptr() for parameter in module.parameters(recurse=False)}
         for window in list(_open):
             window.before(addresses)
 
@@ -157,10 +158,10 @@ def _before_load(module: torch.nn.Module, *_: object) -> None:
 def _addresses(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
     found = set()
     for optimizer in optimizers:
-        found |= {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
+        found |= {local_of(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
         for state in optimizer.state.values():
             if isinstance(state, dict):
-                found |= {value.data_ptr() for value in state.values() if isinstance(value, torch.Tensor)}
+                found |= {local_of(value).data_ptr() for value in state.values() if isinstance(value, torch.Tensor)}
     return found
 
 
@@ -170,7 +171,7 @@ def mark_frozen(
     optimizers: Iterable[torch.optim.Optimizer],
 ) -> None:
     """Mark the sources of ``parameters`` that need no gradient and that no optimizer has."""
-    idle = {parameter.data_ptr() for parameter in parameters if not parameter.requires_grad}
+    idle = {local_of(parameter).data_ptr() for parameter in parameters if not parameter.requires_grad}
     if not idle:
         return
     idle -= _addresses(optimizers)
@@ -189,19 +190,19 @@ def settle(
     modules = list(modules)
     fence(*optimizers)
     owned = _addresses(_fenced)
-    renormed = {p.data_ptr() for module in modules for p in _renormed(module)}
+    renormed = {local_of(p).data_ptr() for module in modules for p in _renormed(module)}
     window = Window(set(), set())
     kept = []
     for source in sources:
         source.fickle = False
-        stays = _stays(source, owned) and source.place not in renormed
+        stays = _stays(source, owned) and source.base not in renormed
         if source.nbytes < IN_PLACE_BYTES or source.live is None or source.live.is_inference():
             # Also what has no version counter: it could never be copied safely later on.
             kept.append((source, not stays))
         elif not stays:
             source.fickle = True
         else:
-            (window.frozen if source.frozen else window.trained).add(source.place)
+            (window.frozen if source.frozen else window.trained).add(source.base)
             source.watch()
     if not window.trained:
         return None
@@ -214,7 +215,7 @@ def settle(
 def _stays(source: TensorSource, owned: set[int]) -> bool:
     if source.live is None or source.live.is_inference():
         return False
-    return source.place > 0 and (source.frozen or source.place in owned)
+    return source.place > 0 and (source.frozen or source.base in owned)
 
 
 def _renormed(module: torch.nn.Module) -> Iterable[torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 from ckptstore.errors import FormatError, StateError
 from ckptstore.state.device import DeviceReader
 from ckptstore.state.dtypes import CARRIERS, CODE_BYTES, torch_dtype
+from ckptstore.state.sharding import Box, Shard
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -72,6 +73,8 @@ class TensorSource:
             for all others.
         frozen: it is a parameter that isn't trained.
         fickle: nobody knows when it changes.
+        shard: what it is a part of, where other processes have the other parts.
+        base: where the tensor begins that it is some rows of; as ``place`` where it is all of one.
     """
 
     __slots__ = (
@@ -81,11 +84,13 @@ class TensorSource:
         "_reader",
         "_storage",
         "_version",
+        "base",
         "fickle",
         "frozen",
         "live",
         "nbytes",
         "place",
+        "shard",
         "spec",
     )
 
@@ -98,8 +103,10 @@ class TensorSource:
         *,
         place: int = 0,
         reader: DeviceReader | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        self.place = place
+        self.place = self.base = place
+        self.shard = shard
         self._reader = reader
         # Held itself, because a tensor may be given other memory while its old one is still read.
         self._storage = live.untyped_storage() if live is not None and place else None
@@ -111,6 +118,40 @@ class TensorSource:
         self._image: Bytes | None = None
         self._kept: Bytes | None = None
         self._version: int | None = None
+
+    @property
+    def whole(self) -> TensorSpec:
+        """The tensor that it is, or is a part of."""
+        if self.shard is None:
+            return self.spec
+        return self.spec._replace(name=self.shard.tensor, shape=self.shard.shape)
+
+    @property
+    def region(self) -> Box | None:
+        """Where it lies in that; None where it is all of it."""
+        return None if self.shard is None else self.shard.region
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether ``rows`` can be taken of it."""
+        return bool(self.place and self.shard is None and self.live is not None and self.live.dim())
+
+    def rows(self, begin: int, count: int) -> TensorSource:
+        """Some rows of a whole tensor, as a source of their own: a shard of it."""
+        assert self.live is not None
+        spec = self.spec._replace(name=f"{self.spec.name}@{begin}", shape=(count, *self.spec.shape[1:]))
+        row_bytes = self.nbytes // self.spec.shape[0]
+        region = (begin, *(0,) * (len(spec.shape) - 1)), spec.shape
+        part = TensorSource(
+            spec,
+            count * row_bytes,
+            self.live[begin : begin + count],
+            place=self.place + begin * row_bytes,
+            reader=self._reader,
+            shard=Shard(self.spec.name, self.spec.shape, region),
+        )
+        part.base, part.frozen = self.base, self.frozen
+        return part
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Copy bytes ``[offset, offset + len(out))`` of the image into ``out``; any thread.
@@ -217,11 +258,17 @@ class Destination:
         copied: ``tensor`` will be called, and gives what was read only as long as nothing else changes the target.
     """
 
-    __slots__ = ("_live", "_own", "copied", "nbytes", "spec")
+    __slots__ = ("_live", "_own", "copied", "nbytes", "region", "spec")
 
-    def __init__(self, spec: TensorSpec, live: torch.Tensor | np.ndarray | None = None) -> None:
-        """``live`` is contiguous, on the CPU, writable, and of the spec's type and shape."""
+    def __init__(
+        self, spec: TensorSpec, live: torch.Tensor | np.ndarray | None = None, region: Box | None = None
+    ) -> None:
+        """``live`` is contiguous, on the CPU, writable, and of the spec's type and shape.
+
+        ``region``: what ``spec`` is of the stored tensor; None: all of it.
+        """
         self.spec = spec
+        self.region = region
         self.nbytes = stored_bytes(spec)
         self._live = live
         self._own: torch.Tensor | None = None

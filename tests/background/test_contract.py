@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import ckptstore as cs
-from ckptstore.engine import buffers, saver
+from ckptstore.engine import buffers, committer
 from ckptstore.engine.background import Background
 from ckptstore.engine.claim import Claim
 from ckptstore.engine.dispatcher import Dispatcher
@@ -866,7 +866,7 @@ def test_the_lender_is_deleted_meanwhile(store: cs.Store, mode: Any) -> None:
     run = Training()
     expected = run.snapshot()
     store.save(run.state, step=1)
-    with Gate(saver, "commit") as gate:
+    with Gate(committer, "commit") as gate:
         handle = store.save(run.state, step=2, mode=mode)
         gate.wait()
         store.delete("step:1")
@@ -976,7 +976,7 @@ IN_THE_PIPELINE = {
     "claiming": (Claim, "next_id"),
     "writing": (MemoryWriter, "write"),
     "looking for changes": (Stage, "_find_moved"),
-    "committing": (saver, "commit"),
+    "committing": (committer, "commit"),
 }
 OPTIONS = {"plenty": {}, "scarce": {"max_staging": 1, "threads": 1}}
 

@@ -106,6 +106,7 @@ def expected(base: Base, checkpoint: Checkpoint, *, large: bool) -> Tensors:
 class _Sink:
     def __init__(self, length: int) -> None:
         self.data = bytearray(length)
+        self.region = None
 
     def host(self) -> memoryview:
         return memoryview(self.data)

@@ -25,6 +25,7 @@ from unittest import mock
 import ckptstore
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.facts import Facts
+from ckptstore.engine.saver import Job
 from ckptstore.store import Store
 
 BLOCK_BYTES = 16 << 20
@@ -62,6 +63,7 @@ class Source:
         return self.data[offset : offset + length]
 
     near = True
+    region = None
 
     def moved(self) -> bool:
         return False
@@ -101,9 +103,8 @@ def state(content: Tensors, frozen: Sequence[str] = ()) -> State:
 
 def save(store: Store, step: int, *, large: bool = False, durable: str = "primary") -> Checkpoint:
     """Save ``tensors(step)`` past ``capture``, which would need torch."""
-    return store._dispatcher.save(
-        state(tensors(step, large=large)), Facts(step, None, {}, {}, [f"step {step}"]), durable
-    )
+    facts = Facts(step, None, {}, {}, [f"step {step}"])
+    return store._dispatcher.save(Job(state(tensors(step, large=large)), facts, durable))
 
 
 FROZEN = "a/x"
@@ -118,7 +119,7 @@ def tuned(step: int, *, large: bool = False) -> Tensors:
 def save_tuned(store: Store, step: int, *, large: bool = False) -> Checkpoint:
     """Save ``tuned(step)``: what never changes is borrowed, where there is somebody to borrow from."""
     content = state(tuned(step, large=large), [FROZEN])
-    return store._dispatcher.save(content, Facts(step, None, {}, {}, [f"step {step}"]))
+    return store._dispatcher.save(Job(content, Facts(step, None, {}, {}, [f"step {step}"])))
 
 
 # --- what an order can ask for ---

@@ -16,6 +16,7 @@ from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.reader import read_tensors
+from ckptstore.engine.saver import Job
 from ckptstore.storage import memory
 from ckptstore.storage.memory import StoredObject
 from ckptstore.store import Store
@@ -53,6 +54,7 @@ class Source:
         return memoryview(self.data)[offset : offset + length]
 
     near = True
+    region = None
 
     def moved(self) -> bool:
         return False
@@ -85,12 +87,13 @@ def state(tensors: Tensors, *, on_read: Callable[[], None] | None = None, **valu
 def save(store: Store, what: State, step: int, **metrics: float) -> Checkpoint:
     """Save past ``capture``, so that no torch is needed."""
     modes = dict.fromkeys(metrics, "min")
-    return store._dispatcher.save(what, Facts(step, None, metrics, modes, [f"step {step}"]))
+    return store._dispatcher.save(Job(what, Facts(step, None, metrics, modes, [f"step {step}"])))
 
 
 class Sink:
     def __init__(self, length: int) -> None:
         self.data = bytearray(length)
+        self.region = None
 
     def host(self) -> memoryview:
         return memoryview(self.data)

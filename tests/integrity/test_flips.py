@@ -14,8 +14,9 @@ import pytest
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Damage
+from ckptstore.engine.contents import Contents
 from ckptstore.engine.damage import DamageWarning
-from ckptstore.engine.reader import BlockTask, Contents, check_blocks, open_file
+from ckptstore.engine.reader import BlockTask, check_blocks, open_file
 from ckptstore.errors import CheckpointError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.storage.memory import StoredObject

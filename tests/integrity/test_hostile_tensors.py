@@ -14,7 +14,7 @@ import blake3
 import pytest
 import zstandard
 
-from ckptstore.engine.reader import read_contents
+from ckptstore.engine.contents import read_contents
 from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format.tensorfile import TensorFile, TensorRow
 from tests.integrity.checks import falls_back, refuses, reports, verified

@@ -17,6 +17,7 @@ import torch
 import ckptstore as cs
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.facts import Facts
+from ckptstore.engine.saver import Job
 from ckptstore.errors import (
     ExistsError,
     IntegrityError,
@@ -268,7 +269,7 @@ def test_what_only_a_backup_has_is_brought_from_there(tmp_path: Path) -> None:
     primary, backup = FolderRaw(tmp_path / "primary"), FolderRaw(tmp_path / "backup")
     options = {"backup": backup.url, "durable": "backup", "keep": cs.last(1)}
     with opened(primary.url, **options) as store:
-        saved = [store._dispatcher.save(state(content(step)), Facts.of(step), "backup") for step in (1, 2, 3)]
+        saved = [store._dispatcher.save(Job(state(content(step)), Facts.of(step), "backup")) for step in (1, 2, 3)]
     with opened(primary.url) as store:
         assert [c.id for c in store.checkpoints()] == [saved[2].id]
     with opened(primary.url, **options) as store:

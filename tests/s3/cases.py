@@ -16,7 +16,7 @@ import ckptstore
 from ckptstore import opening, view
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.catalogue import Checkpoint
-from ckptstore.engine.reader import read_or_rescue
+from ckptstore.engine.contents import read_or_rescue
 from ckptstore.errors import CheckpointError
 from ckptstore.format import layout
 from ckptstore.maintenance.heal import Healer

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import ckptstore as cs
-from ckptstore.engine import saver
+from ckptstore.engine import committer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_plain_data_too_large_to_be_loaded_is_not_acknowledged(
 ) -> None:
     """A save whose part a reader would refuse fails, leaves nothing, and the next one succeeds."""
     store.save({"x": 1}, step=1)
-    monkeypatch.setattr(saver, "PART_LIMIT", 10_000)
+    monkeypatch.setattr(committer, "PART_LIMIT", 10_000)
     with pytest.raises(cs.StateError, match="10000 can be loaded again"):
         store.save({"w": torch.ones(3), "text": "x" * 10_001}, step=2)
     assert [c.step for c in store.checkpoints()] == [1]

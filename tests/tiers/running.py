@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptstore.engine import backups
 from ckptstore.engine.facts import Facts
+from ckptstore.engine.saver import Job
 from ckptstore.errors import CheckpointError
 from ckptstore.maintenance import replicate
 from ckptstore.policy.rules import last
@@ -40,7 +41,7 @@ def run(url: str, backup: str, number: int, first: int, durable: Any, keep: int 
             while not pipe.poll():
                 pipe.send(("began", step))
                 facts = Facts(step, None, {}, {}, [])
-                saved = store._dispatcher.save(state(content(number, step)), facts, durable)
+                saved = store._dispatcher.save(Job(state(content(number, step)), facts, durable))
                 pipe.send(("saved", saved.id, step))
                 step += 1
         except CheckpointError as error:

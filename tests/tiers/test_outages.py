@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from ckptstore.engine import backups as backups_module
+from ckptstore.engine.facts import Facts
+from ckptstore.engine.saver import Job
 from ckptstore.errors import (
     CheckpointError,
     NoCheckpointError,
@@ -114,9 +116,8 @@ def content(step: int) -> Tensors:
 
 def save(store: Store, step: int, *, durable: Any = "primary") -> str:
     """Save past ``capture``; the id."""
-    from ckptstore.engine.facts import Facts
 
-    return store._dispatcher.save(state(content(step)), Facts(step, None, {}, {}, []), durable).id
+    return store._dispatcher.save(Job(state(content(step)), Facts(step, None, {}, {}, []), durable)).id
 
 
 def has(raw: Raw, id: str) -> bool:
@@ -338,12 +339,10 @@ def test_making_room_waits_for_no_save_that_waits_for_a_copy(monkeypatch: pytest
         saving.set()
 
     with opened_with(primary, backup, keep=last(1), durable="backup") as store:
-        from ckptstore.engine.facts import Facts
-
         monkeypatch.setattr(retainer, "evict", slow)
         save(store, 1)
         save(store, 2)
-        store._dispatcher.save(state(content(3), on_read=on_read), Facts(3, None, {}, {}, []), "backup")
+        store._dispatcher.save(Job(state(content(3), on_read=on_read), Facts(3, None, {}, {}, []), "backup"))
         assert saving.is_set()
     assert len([key for key in primary.listing() if key.startswith("commits/")]) == 1
     assert len([key for key in backup.listing() if key.startswith("commits/")]) == 3
