@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch.utils.data import DataLoader
 
 from ckptstore.errors import StateError
-from ckptstore.trainer import starts
+from ckptstore.trainer import resplit, starts
 from ckptstore.trainer.indices import Twin, twin
 from ckptstore.trainer.positions import Position, parse_all
 from ckptstore.trainer.readings import (
@@ -32,8 +32,8 @@ def _no_source() -> None:
 class _Loaded:
     """A pass that was running when it was saved and isn't continued yet."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
+    def __init__(self, position: Position, fields: dict[str, Any]) -> None:
+        self.position, self.fields = position, fields
 
     def saved(self, batches: int, samples: int) -> dict[str, Any]:
         return self.fields
@@ -101,6 +101,7 @@ class Feeds:
         self._twins: WeakKeyDictionary[DataLoader[Any], Twin] = WeakKeyDictionary()
         self._then: Mapping[str, Any] | None = None
         self._strict = False
+        self._ranks = resplit.Ranks(0, 1, 1)
 
     def batches(
         self, source: Iterable[T], name: str = "data", *, between: Callable[[bool], None] = lambda last: None
@@ -216,7 +217,31 @@ class Feeds:
         Raises:
             FormatError: it is malformed; the message names the source. Nothing has changed then.
         """
-        last, positions = parse_all(state)
+        self.load_state_dicts([state], 0, 1, then)
+
+    def load_state_dicts(
+        self, states: Sequence[dict[str, Any]], rank: int, size: int, then: Mapping[str, Any] | None
+    ) -> None:
+        """Let the next calls of ``batches`` continue as one of any number of ranks.
+
+        With as many ranks as saved each continues its own position. With more or fewer of them a pass that was running
+        is dealt anew, once its loader is known: what all had left of it, one sample to each rank in turn, so that as
+        many samples at a time make the same batches of all ranks together. That needs loaders with a
+        ``DistributedSampler``; one rank may also have read, or read now, in order or with ``shuffle=True``. Later
+        passes are those of the loaders themselves.
+
+        Args:
+            states: what ``state_dict`` gave on each of the ranks that saved.
+            rank, size: which one of how many this is now.
+            then: as in ``load_state_dict``.
+
+        Raises:
+            FormatError: one is malformed; the message names the source. Nothing has changed then.
+            StateError: there is another number of ranks, and a source was within a pass that can't be dealt anew;
+                ``batches`` raises it where that depends on the loader. Nothing has changed then.
+        """
+        last, positions = resplit.gathered([parse_all(state) for state in states], rank, size)
+        self._ranks = resplit.Ranks(rank, size, len(states))
         for feed in self._feeds.values():
             feed.reading = None  # who still reads there doesn't count any more
         self._feeds = {name: _loaded(name, position) for name, position in positions.items()}
@@ -235,7 +260,7 @@ class Feeds:
         reading = self._reading(feed, source, before)
         reading.nested = nested
         if isinstance(before, _Loaded):
-            self._continue(reading, before.fields)
+            self._continue(reading, before.position)
         else:
             _restore_rest(feed, source)
             reading.open()
@@ -269,8 +294,10 @@ class Feeds:
             )
         return reading
 
-    def _continue(self, reading: Reading, fields: dict[str, Any]) -> None:
+    def _continue(self, reading: Reading, position: Position) -> None:
         state = starts.process_state() if self._then is None else self._then
+        name, say = reading.name, self._say
+        fields = resplit.fitted(position, reading.source, name, self._ranks, say, strict=self._strict)
         reading.reopen(fields, self._strict)
         starts.set_process_state(state, "rng")
 
@@ -292,7 +319,7 @@ def _loaded(name: str, position: Position) -> _Feed:
     if running is None:
         feed.handed = (position.passes, None, 0, 0)
     else:
-        feed.handed = (position.passes, _Loaded(running), running["batches"], running["samples"])
+        feed.handed = (position.passes, _Loaded(position, running), running["batches"], running["samples"])
     feed.used, feed.owed, feed.rest = feed.handed, position.passes, position.rest
     feed.again = position.rest["again"]
     return feed

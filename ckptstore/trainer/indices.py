@@ -22,16 +22,17 @@ class Stream:
         amiss: the loader handed out more batches than it asked for.
     """
 
-    def __init__(self, batches: Iterator[Any], batched: bool, skip: int, ready: Callable[[], None] | None) -> None:
-        self._batches = batches
-        self._batched = batched
-        self._skip = skip
-        self._ready = ready
+    def __init__(self, owner: Indices) -> None:
+        self._batches = owner.begin()
+        self._batched = owner.batched
+        self._skip = owner.skip
+        self._first = owner.first
+        self._ready = owner.ready
         self._ahead: deque[Any] = deque()
         self._sent: deque[Any] = deque()
         self._pulled = 0
         self.last: Any = None
-        self.foreseeable = False
+        self.foreseeable = owner.instead is not None
         self.amiss = False
 
     def __iter__(self) -> Stream:
@@ -53,6 +54,8 @@ class Stream:
         self._batches = batches
 
     def _pull(self) -> Any:
+        if not self._pulled:
+            self._first()
         self._pulled += 1
         if self._pulled == 2:  # a sampler that shuffles has done so for the first batch
             before = starts.fingerprint()
@@ -107,24 +110,36 @@ class Indices:
 
     Attributes:
         stream: the pass that was begun last.
+        instead: batches for the next pass, in the place of the sampler's.
         skip: number of samples that the next pass leaves out.
         entering: called before the sampler is asked for a pass.
+        first: called before it is asked for its first indices.
         ready: called when all that is to be skipped is.
     """
 
     def __init__(self, sampler: Iterable[Any], batched: bool) -> None:
         self.sampler = sampler
         self.batched = batched
+        self.forget()
+
+    def forget(self) -> None:
+        """What was set for a pass doesn't hold for the next one."""
         self.stream: Stream | None = None
+        self.instead: Iterable[Any] | None = None
         self.skip = 0
         self.entering: Callable[[], None] | None = None
+        self.first: Callable[[], None] = _nothing
         self.ready: Callable[[], None] | None = None
 
     def __iter__(self) -> Stream:
         if self.entering is not None:
             self.entering()
-        self.stream = Stream(iter(self.sampler), self.batched, self.skip, self.ready)
+        self.stream = Stream(self)
         return self.stream
+
+    def begin(self) -> Iterator[Any]:
+        """The batches of a pass, from the start."""
+        return iter(self.sampler if self.instead is None else self.instead)
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -133,6 +148,10 @@ class Indices:
         if name.startswith("__") or name == "sampler":
             raise AttributeError(name)
         return getattr(self.sampler, name)
+
+
+def _nothing() -> None:
+    return
 
 
 class Twin(NamedTuple):

@@ -7,14 +7,20 @@ from typing import Any, NamedTuple
 from ckptstore.errors import FormatError
 
 KINDS = ("plain", "state", "indices")
+SAMPLERS = ("distributed", "sequential", "random")
 
 
 class Position(NamedTuple):
-    """Where a source stood: completed passes of the epoch, the running one, and what the next one needs."""
+    """Where a source stood: completed passes of the epoch, the running one, and what the next one needs.
+
+    Attributes:
+        ranks: the running passes of all ranks that saved, this one's among them.
+    """
 
     passes: int
     running: dict[str, Any] | None
     rest: dict[str, Any]
+    ranks: tuple[dict[str, Any], ...] = ()
 
 
 def parse_all(state: object) -> tuple[str | None, dict[str, Position]]:
@@ -50,7 +56,7 @@ def parse(name: object, saved: object) -> Position:
         _flag(_field(rest, key, where), key, where)
     _text(_field(rest, "first", where), "first", where)
     _field(rest, "dataset", where)
-    return Position(passes, running, rest)
+    return Position(passes, running, rest, () if running is None else (running,))
 
 
 def _running(running: Any, where: str) -> None:
@@ -78,6 +84,42 @@ def _running(running: Any, where: str) -> None:
         _flag(_field(running, "reset", where), "reset", where)
         _text(_field(running, "next", where), "next", where)
         _field(running, "dataset", where)
+        if running.get("order") is not None:  # older checkpoints have none
+            _order(running["order"], where)
+
+
+def _order(order: Any, where: str) -> None:
+    _dict(order, "order", where)
+    sampler = _field(order, "sampler", where)
+    if sampler not in SAMPLERS:
+        raise FormatError(f"{where} is malformed: {sampler!r} is no sampler; known: {', '.join(SAMPLERS)}")
+    _count(_field(order, "length", where), "length", where)
+    if sampler == "random":
+        _field(order, "generator", where)
+    if sampler == "distributed":
+        _positive(_field(order, "replicas", where), "replicas", where)
+        if type(_field(order, "seed", where)) is not int:
+            raise FormatError(f"{where} is malformed: 'seed' must be a number, not {order['seed']!r:.80}")
+        for key in ("shuffle", "drop_last"):
+            _flag(_field(order, key, where), key, where)
+    _splits(_field(order, "splits", where), where)
+    share = _field(order, "share", where)
+    if share is not None:
+        _dict(share, "share", where)
+        replicas = _positive(_field(share, "replicas", where), "replicas", where)
+        if _count(_field(share, "replica", where), "replica", where) >= replicas:
+            raise FormatError(f"{where} is malformed: there is no replica {share['replica']} of {replicas}")
+        _flag(_field(share, "drop", where), "drop", where)
+    elif not order["splits"]:
+        raise FormatError(f"{where} is malformed: it says nothing of who reads what")
+
+
+def _splits(splits: Any, where: str) -> None:
+    if not isinstance(splits, list) or not all(isinstance(used, list) and used for used in splits):
+        raise FormatError(f"{where} is malformed: 'splits' must be a list of lists of numbers, not {splits!r:.80}")
+    for used in splits:
+        for count in used:
+            _count(count, "splits", where)
 
 
 def _field(fields: dict[str, Any], key: str, where: str) -> Any:
@@ -96,6 +138,12 @@ def _count(value: Any, key: str, where: str) -> int:
     if type(value) is not int or value < 0:
         raise FormatError(f"{where} is malformed: {key!r} must be a number from 0 up, not {value!r:.80}")
     return value
+
+
+def _positive(value: Any, key: str, where: str) -> int:
+    if _count(value, key, where) == 0:
+        raise FormatError(f"{where} is malformed: {key!r} must be a number from 1 up, not 0")
+    return int(value)
 
 
 def _flag(value: Any, key: str, where: str) -> None:

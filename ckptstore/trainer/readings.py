@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch.utils.data import DataLoader, IterableDataset
 
 from ckptstore.errors import IntegrityError, StateError
-from ckptstore.trainer import starts
+from ckptstore.trainer import orders, starts
 from ckptstore.trainer.indices import Twin, digest
 
 Fields = dict[str, Any]
@@ -150,8 +150,9 @@ class IndexReading(Reading):
         super().__init__(loader, name)
         self._twin: DataLoader[Any] | None = copied.loader
         self._indices = copied.indices
-        self._indices.stream, self._indices.skip = None, 0
-        self._indices.entering = self._indices.ready = None
+        self._indices.forget()
+        self._indices.first = self._note
+        self._order: Fields | None = None
         self._kept = copied.loader._iterator is not None
         self._reset = self._kept or (kept and loader.persistent_workers)
         self._unused: Any = None
@@ -171,7 +172,11 @@ class IndexReading(Reading):
         stream = self._indices.stream
         if rewinding and stream is not None and not stream.begun:
             self._rewind()
-            stream.restart(iter(self._indices.sampler))
+            stream.restart(self._indices.begin())
+
+    def _note(self) -> None:
+        if self._indices.instead is None:
+            self._order = orders.noted(self.source)
 
     def _rewind(self) -> None:
         starts.restore(self.start, self.source, self.name)
@@ -179,6 +184,12 @@ class IndexReading(Reading):
     def _continue(self, saved: Fields, strict: bool) -> None:
         self._reset = saved["reset"]
         self._indices.skip = saved["samples"]
+        order = saved.get("order")
+        if order is not None and order["splits"]:
+            # The sampler's own order begins with the next pass.
+            self._order = order
+            part = orders.dealt(orders.told(order, self.name), order["share"])
+            self._indices.instead = orders.batches(self.source, part)
         self._check = lambda: self._compare(saved, strict)
         _warn_of_differences(saved, self.source, self.name)
         self._build()
@@ -209,20 +220,18 @@ class IndexReading(Reading):
         assert self._indices.stream is not None
         found = self._indices.stream.peek()
         actual = None if found is None else digest(found)
-        if actual == saved["next"]:
-            return
-        message = (
-            f"the source {self.name!r} can't be continued exactly: after {saved['batches']} batches its next samples "
-            "aren't those that would have come when it was saved. Its sampler doesn't give the same order again, or "
-            "the data set is another one"
-        )
-        if strict:
-            raise IntegrityError(message, key=self.name, expected=saved["next"], actual=actual)
-        warnings.warn(message, stacklevel=2)
+        if actual != saved["next"]:
+            other_order(saved, actual, self.name, strict)
 
     def fetch(self, clean: bool) -> list[Any]:
         batch = super().fetch(clean)
         stream = self._indices.stream
+        if batch and self._indices.instead is not None and (stream is None or stream.amiss):
+            raise StateError(
+                f"the source {self.name!r} can't be continued by another number of ranks: its loader takes other "
+                "samples than its sampler gives. Resume without the position in the data (restore=Parts(data=False))",
+                path=self.name,
+            )
         if batch and stream is not None:
             self.samples += stream.handed()
             if clean:
@@ -251,7 +260,24 @@ class IndexReading(Reading):
             "reset": self._reset,
             "next": None if following is None else digest(following),
             "dataset": dataset_state(self.source),
+            "order": self._order,
         }
+
+
+def other_order(saved: Fields, actual: str | None, name: str, strict: bool) -> None:
+    """The next samples aren't those that were saved.
+
+    Raises:
+        IntegrityError: where ``strict``; else it is a warning.
+    """
+    message = (
+        f"the source {name!r} can't be continued exactly: after {saved['batches']} batches its next samples "
+        "aren't those that would have come when it was saved. Its sampler doesn't give the same order again, or "
+        "the data set is another one"
+    )
+    if strict:
+        raise IntegrityError(message, key=name, expected=saved["next"], actual=actual)
+    warnings.warn(message, stacklevel=2)
 
 
 def _nothing() -> None:
