@@ -101,6 +101,12 @@ def share_of(source: object) -> Fields | None:
     return {"replicas": replicas, "replica": replica, "drop": drop}
 
 
+def length_of(source: object) -> int:
+    """How many samples the sampler of a loader chooses from."""
+    sampler = sampler_of(source)
+    return len(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source)
+
+
 def knows_ranks(source: object) -> bool:
     """Whether the loader reads only its rank's samples."""
     return isinstance(sampler_of(source), DistributedSampler)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ckptstore.errors import FormatError
 
 KINDS = ("plain", "state", "indices")
+MAX_RANKS = 1 << 20
 SAMPLERS = ("distributed", "sequential", "random")
 
 
@@ -141,8 +142,8 @@ def _count(value: Any, key: str, where: str) -> int:
 
 
 def _positive(value: Any, key: str, where: str) -> int:
-    if _count(value, key, where) == 0:
-        raise FormatError(f"{where} is malformed: {key!r} must be a number from 1 up, not 0")
+    if not 1 <= _count(value, key, where) <= MAX_RANKS:
+        raise FormatError(f"{where} is malformed: {key!r} must be a number from 1 to {MAX_RANKS}, not {value}")
     return int(value)
 
 

@@ -226,16 +226,16 @@ class IndexReading(Reading):
     def fetch(self, clean: bool) -> list[Any]:
         batch = super().fetch(clean)
         stream = self._indices.stream
+        if batch and stream is not None:
+            self.samples += stream.handed()
+            if clean:
+                self._unused = stream.last
         if batch and self._indices.instead is not None and (stream is None or stream.amiss):
             raise StateError(
                 f"the source {self.name!r} can't be continued by another number of ranks: its loader takes other "
                 "samples than its sampler gives. Resume without the position in the data (restore=Parts(data=False))",
                 path=self.name,
             )
-        if batch and stream is not None:
-            self.samples += stream.handed()
-            if clean:
-                self._unused = stream.last
         return batch
 
     def is_over(self) -> bool:

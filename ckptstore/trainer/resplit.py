@@ -9,7 +9,7 @@ from ckptstore.errors import StateError
 from ckptstore.trainer import orders, starts
 from ckptstore.trainer.indices import digest
 from ckptstore.trainer.positions import Position
-from ckptstore.trainer.readings import batch_size, length, other_order
+from ckptstore.trainer.readings import batch_size, other_order
 
 Fields: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]
@@ -78,9 +78,9 @@ def _gathered(name: str, saved: Sequence[Position | None], ranks: Ranks) -> Posi
 
 
 def _rest_of_new(rests: Sequence[Fields]) -> Fields:
-    """What a rank that is new begins a pass with: what all have in common, else what its own program gives it."""
-    if len({starts.digest_of(rest) for rest in rests}) == 1:
-        return rests[0]
+    """What a rank that is new begins a pass with: generators that all have in common, else those of its own program."""
+    if len({starts.digest_of(rest["own"]) for rest in rests}) == 1:
+        return rests[0] | {"dataset": None}
     return rests[0] | {"own": {}, "dataset": None, "first": None, "again": False}
 
 
@@ -102,10 +102,15 @@ def _pooled(name: str, running: Sequence[Fields], ranks: Ranks) -> Fields | None
     if len({starts.digest_of({**order, "share": None}) for order in known}) > 1:
         raise ranks.refuse(name, "the ranks that saved didn't share one order of the samples")
     fields = running[ranks.rank] if ranks.rank < len(running) else running[0] | {"start": _start_of_new(running)}
+    splits = known[0]["splits"]
     if any(order["share"] is not None for order in known):
-        splits = [*known[0]["splits"], _used(name, running, ranks)]
-        fields = fields | {"order": known[0] | {"splits": splits, "share": None}}
-    return fields | {"batches": max(each["batches"] for each in running), "samples": 0, "next": None}
+        splits = [*splits, _used(name, running, ranks)]
+    return fields | {
+        "batches": max(each["batches"] for each in running),
+        "samples": 0,
+        "next": None,
+        "order": known[0] | {"splits": splits, "share": None},
+    }
 
 
 def _start_of_new(running: Sequence[Fields]) -> Fields:
@@ -153,24 +158,21 @@ def fitted(position: Position, source: Any, name: str, ranks: Ranks, say: Say, *
             raise ranks.refuse(name, "the batches of its loader aren't those of a sampler that can be given samples")
         return fields
     blind = ranks.size > 1 and not orders.knows_ranks(source)
-    if saved is not None:
-        if blind or here["replicas"] == saved["replicas"]:
-            return _of_share(here, fields, position.ranks)
-        # As many ranks, of which another number reads the same samples.
-        ranks = ranks._replace(before=saved["replicas"], size=here["replicas"])
-        pooled = _pooled(name, position.ranks, ranks)
-        if pooled is None:
-            return fields | {"next": None}
-        fields = pooled
-    elif blind:
+    same = saved is not None and (blind or here["replicas"] == saved["replicas"])
+    if same and not order["splits"]:
+        return _of_share(here, fields, position.ranks)
+    if order["length"] != (count := orders.length_of(source)):
+        raise ranks.refuse(name, f"its data set had {order['length']} samples and has {count}")
+    if same:
+        return _of_share(here, fields, position.ranks)
+    if blind:
         raise ranks.refuse(name, "its loader has no DistributedSampler")
-    if fields["length"] != (count := length(source)):
-        raise ranks.refuse(name, f"its data set had {fields['length']} samples and has {count}")
-    earlier = fields["order"] | {"splits": fields["order"]["splits"][:-1]}
-    samples = orders.told(earlier, name)
-    _compare(samples, position.ranks, name, strict)
-    samples = orders.left(samples, fields["order"]["splits"][-1])
-    fields = _dealt(fields, here, source)
+    # As many ranks may be another number of loaders, where some read the same samples.
+    pooled = fields if saved is None else _pooled(name, position.ranks, ranks)
+    if pooled is None:
+        return fields | {"next": None}
+    samples = _left(pooled["order"], position.ranks, name, strict)
+    fields = _dealt(pooled, here, source)
     say(_sentence(name, len(samples), position.ranks, fields))
     return fields
 
@@ -184,8 +186,15 @@ def _of_share(here: Fields, own: Fields, others: Sequence[Fields]) -> Fields:
     return own
 
 
+def _left(order: Fields, running: Sequence[Fields], name: str, strict: bool) -> orders.Samples:
+    """What is left of the samples; those that ranks would have read next must be those that were saved."""
+    *earlier, used = order["splits"]
+    samples = orders.told(order | {"splits": earlier}, name)
+    _compare(samples, running, name, strict)
+    return orders.left(samples, used)
+
+
 def _compare(samples: orders.Samples, running: Sequence[Fields], name: str, strict: bool) -> None:
-    """Whether the samples that ranks would have read next are those that were saved."""
     for fields in running:
         share, following = fields["order"]["share"], fields["next"]
         if share is None or following is None:
@@ -214,12 +223,9 @@ def _sentence(name: str, left: int, before: Sequence[Fields], fields: Fields) ->
     here = fields["order"]["share"]
     replicas = len(fields["order"]["splits"][-1])
     text = f"the source {name!r} goes on within its pass with {_ranks(here['replicas'])}, after {_ranks(replicas)}"
-    over = left % here["replicas"]
-    if over:
-        text += f"; of its last {left} samples " + (
-            f"{over} are left out" if here["drop"] else f"{here['replicas'] - over} are read twice"
-        )
-        text += ", so that all ranks read as many"
+    if over := left % here["replicas"]:
+        what = f"{over} are left out" if here["drop"] else f"{here['replicas'] - over} are read again"
+        text += f"; of its last {left} samples {what}, so that all ranks read as many"
     sizes = [
         each and each * count
         for each, count in ((before[0]["batch_size"], replicas), (fields["batch_size"], here["replicas"]))

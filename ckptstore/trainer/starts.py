@@ -66,8 +66,8 @@ def digest_of(state: Any) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, dict):
-            for key in sorted(value):
-                hasher.update(key.encode())
+            for key in sorted(value, key=str):
+                hasher.update(str(key).encode())
                 add(value[key])
         elif isinstance(value, torch.Tensor):
             hasher.update(value.numpy().tobytes())
