@@ -104,7 +104,8 @@ def share_of(source: object) -> Fields | None:
 def length_of(source: object) -> int:
     """How many samples the sampler of a loader chooses from."""
     sampler = sampler_of(source)
-    return len(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source)
+    data: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+    return len(data)
 
 
 def knows_ranks(source: object) -> bool:
