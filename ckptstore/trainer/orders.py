@@ -135,12 +135,10 @@ def _whole(order: Fields, name: str) -> Samples:
 
 
 def left(samples: Samples, used: list[int]) -> Samples:
-    """What is left of samples that were dealt to ranks: the first one of each in turn, the second one, and so on."""
+    """What is left, in order, of samples that were dealt one by one to ranks, of which each used so many of its own."""
     place = np.arange(len(samples))
-    rank = place % len(used)
-    turn = place // len(used) - np.array([min(count, len(samples)) for count in used])[rank]
-    found = np.flatnonzero(turn >= 0)
-    return samples[found[np.lexsort((rank[found], turn[found]))]]
+    counts = np.array([min(count, len(samples)) for count in used])
+    return samples[place // len(used) >= counts[place % len(used)]]
 
 
 def told(order: Fields, name: str) -> Samples:

@@ -262,6 +262,21 @@ def test_workers_and_the_passes_after(workers: int, persistent: bool) -> None:
     assert pair.steps() == uninterrupted(2, loaders(2, options._replace(epoch=2)))
 
 
+def test_workers_that_were_kept_and_are_gone() -> None:
+    """The number that new workers draw is taken back, and what was dealt begins anew with it."""
+    fleet = Fleet(2, loaders(2, num_workers=1, persistent_workers=True))
+    fleet.steps()
+    fleet.begin()
+    done = fleet.steps(2)
+    assert all(state["sources"]["data"]["running"]["reset"] for state in fleet.states())
+    for make in (loaders(1), loaders(1, num_workers=1, persistent_workers=True)):
+        again = Fleet(4, make, fleet.states())
+        assert [feeds.batch for feeds in again.feeds] == [2] * 4
+        list(chain.from_iterable(again.feeds[rank].batches(again.loaders[rank]) for rank in range(4)))
+        again.begin()
+        assert together(done + again.steps()) == together(uninterrupted(2, loaders(2)))
+
+
 def test_an_interruption_at_every_step_of_what_was_dealt() -> None:
     """With as many ranks each continues its own part, batch for batch."""
     fleet = Fleet(2, loaders(2))
@@ -466,6 +481,24 @@ def test_ranks_that_were_numbered_anew_find_their_own() -> None:
     assert together([step[:2] for step in again.steps()]) == together(uninterrupted(2, loaders(2))[2:])
 
 
+def test_ranks_that_were_numbered_anew_find_their_own_of_what_was_dealt() -> None:
+    """The same, where others began the pass."""
+    one = Fleet(1, loaders(4))
+    one.steps(1)
+    fleet = Fleet(4, shared(2, 2), one.states())
+    fleet.steps(1)
+    again = Fleet(4, lambda rank, size: loaders(2)(rank % 2, 2), fleet.states())
+    assert together([step[:2] for step in again.steps()]) == together(uninterrupted(1, loaders(4))[2:])
+
+
+def test_ranks_that_get_distributed_samplers_in_a_pass_of_which_nothing_was_used() -> None:
+    """It may as well begin anew; where something was used each of them had read all by itself."""
+    fleet = Fleet(2, lambda rank, size: plain())
+    assert all(len(next(reading)) == 4 for reading in fleet.readings)
+    assert Fleet(2, loaders(4), fleet.states()).steps() == uninterrupted(2, loaders(4))
+    refused(two_steps(2, lambda rank, size: plain()), 2, loaders(4), "what each of them reads is its own affair")
+
+
 def test_the_position_of_one_rank_stands_for_all_where_only_that_was_saved() -> None:
     """The others trained with it."""
     fleet = Fleet(4, loaders(1))
@@ -484,6 +517,7 @@ def test_ranks_that_used_unlike_numbers_of_samples_lose_none() -> None:
             seen.update(next(reading).tolist())
             each.stepped()
     again = Fleet(5, loaders(1), [each.state_dict() for each in feeds])
+    assert again.feeds[4].batch == 5
     assert read(again.steps()) == Counter(range(SIZE)) - seen
 
 
@@ -592,6 +626,11 @@ def test_ranks_that_do_not_fit_together_are_refused() -> None:
     load([one, ended.state_dict()], "they stood in different passes over it")
     load([one, two_steps(make=loaders(2, Options(seed=4)))[1]], "the ranks that saved didn't share one order")
     load([one, one], "the ranks that saved weren't at one place in it")
+    same = Fleet(4, shared(2, 2))
+    same.steps(2)
+    next(same.readings[3])
+    same.feeds[3].stepped()
+    load(same.states(), "the ranks that saved weren't at one place in it")
     load(two_steps(4)[:2], "the ranks that saved weren't at one place in it")
 
 
@@ -724,6 +763,7 @@ def test_the_random_state_is_the_one_to_be_set_and_new_ranks_keep_generators_of_
     saved = [loader.generator.get_state() for loader in fleet.loaders]
     seeded(11)
     then, expected = RNG().state_dict(), drawn()
+    RNG().load_state_dict(then)
     third = Fleet(3, make, states, then)
     for reading in third.readings:
         next(reading)
@@ -734,6 +774,10 @@ def test_the_random_state_is_the_one_to_be_set_and_new_ranks_keep_generators_of_
     assert not torch.equal(third.loaders[2].generator.get_state(), saved[0])
     assert starts[0]["own"].keys() == starts[1]["own"].keys() == {"generator"}
     assert starts[2]["own"] == {}
+    assert torch.equal(
+        starts[0]["random"]["torch"], states[0]["sources"]["data"]["running"]["start"]["random"]["torch"]
+    )
+    assert torch.equal(starts[2]["random"]["torch"], then["torch"])
 
 
 def test_a_generator_that_all_ranks_had_in_common_is_that_of_new_ones() -> None:
