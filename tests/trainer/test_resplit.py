@@ -243,12 +243,9 @@ def test_what_one_split_would_have_left_out_is_there_for_the_next() -> None:
         assert together(back.steps()) == together(uninterrupted(4, loaders(1, options))[1:])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_workers_and_the_passes_after(workers: int, persistent: bool) -> None:
     """The next pass is that of the loader itself."""
-    if persistent and not workers:
-        pytest.skip("nobody to persist")
     options = Options(count=16)
     make = loaders(2, options, num_workers=workers, persistent_workers=persistent)
     fleet = Fleet(1, make)
