@@ -160,6 +160,7 @@ def dealt(samples: Samples, share: Fields, start: int = 0, stop: int | None = No
     """
     replicas, count = share["replicas"], len(samples)
     each = count // replicas if share["drop"] else -(-count // replicas)
-    places = np.arange(start, each if stop is None else min(stop, each)) * replicas + share["replica"]
+    turns = np.arange(min(start, each), each if stop is None else min(stop, each))
+    places = turns * replicas + share["replica"]
     part: list[int] = samples[places % max(count, 1)].tolist()
     return part

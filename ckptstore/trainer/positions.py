@@ -99,8 +99,9 @@ def _order(order: Any, where: str) -> None:
         _field(order, "generator", where)
     if sampler == "distributed":
         _positive(_field(order, "replicas", where), "replicas", where)
-        if type(_field(order, "seed", where)) is not int:
-            raise FormatError(f"{where} is malformed: 'seed' must be a number, not {order['seed']!r:.80}")
+        seed = _field(order, "seed", where)
+        if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+            raise FormatError(f"{where} is malformed: 'seed' must be a number of 64 bits, not {seed!r:.80}")
         for key in ("shuffle", "drop_last"):
             _flag(_field(order, key, where), key, where)
     _splits(_field(order, "splits", where), where)

@@ -101,7 +101,7 @@ def _pooled(name: str, running: Sequence[Fields], ranks: Ranks) -> Fields | None
         )
     if len({starts.digest_of({**order, "share": None}) for order in known}) > 1:
         raise ranks.refuse(name, "the ranks that saved didn't share one order of the samples")
-    fields = running[ranks.rank] if ranks.rank < len(running) else running[0] | {"start": _start_of_new(running)}
+    fields = running[ranks.rank] if ranks.rank < len(running) else _running_of_new(running)
     splits = known[0]["splits"]
     if any(order["share"] is not None for order in known):
         splits = [*splits, _used(name, running, ranks)]
@@ -113,12 +113,12 @@ def _pooled(name: str, running: Sequence[Fields], ranks: Ranks) -> Fields | None
     }
 
 
-def _start_of_new(running: Sequence[Fields]) -> Fields:
-    """Random numbers of its own, so that no two ranks draw the same."""
-    start: Fields = running[0]["start"]
+def _running_of_new(running: Sequence[Fields]) -> Fields:
+    """The pass on a rank that is new, with random numbers of its own, so that no two ranks draw the same."""
     own = [fields["start"]["own"] for fields in running]
     common = own[0] if len(set(map(starts.digest_of, own))) == 1 else {}
-    return start | {"random": starts.process_state(), "own": common}
+    start = running[0]["start"] | {"random": starts.process_state(), "own": common}
+    return running[0] | {"start": start, "dataset": None}
 
 
 def _used(name: str, running: Sequence[Fields], ranks: Ranks) -> list[int]:

@@ -33,6 +33,7 @@ from tests.trainer.fleets import (
     uninterrupted,
 )
 from tests.trainer.runs import Numbers, drawn, seeded, through_store
+from tests.trainer.test_data_kinds import Augmented
 from tests.trainer.test_data_passes import quiet
 
 
@@ -457,3 +458,24 @@ def test_a_generator_that_all_ranks_had_in_common_is_that_of_new_ones() -> None:
     fleet.begin()
     expected = fleet.steps()
     assert Fleet(3, make, states).steps() == [[*step, step[0]] for step in expected]
+
+
+def test_a_data_set_with_a_state_keeps_it_where_its_rank_was_there() -> None:
+    """A new rank's augmentation is that of its own program."""
+
+    def make(rank: int, size: int) -> DataLoader[int]:
+        share, data = sampler(Options(count=8), rank, size), Augmented()
+        data.noise.manual_seed(rank)
+        return DataLoader(data, batch_size=1, sampler=share)
+
+    fleet = Fleet(2, make)
+    fleet.steps(1)
+    noise = [loader.dataset.noise.get_state() for loader in fleet.loaders]
+    again = Fleet(3, make, fleet.states())
+    last = again.loaders[2].dataset.noise.get_state()
+    for rank, expected in enumerate([*noise, last]):
+        generator = torch.Generator()
+        generator.set_state(expected)
+        assert float(next(again.readings[rank])) % 1 == pytest.approx(
+            float(torch.rand((), generator=generator)), abs=1e-5
+        )

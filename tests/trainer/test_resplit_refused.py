@@ -217,6 +217,7 @@ def test_without_a_noted_order_as_many_ranks_go_on() -> None:
         ("replicas", 0),
         ("replicas", 1 << 40),
         ("seed", 0.5),
+        ("seed", 1 << 64),
         ("shuffle", 1),
         ("drop_last", None),
         ("splits", 5),
