@@ -90,9 +90,16 @@ class Crew:
 
         Raises:
             RanksError: on all ranks: one hasn't come in time, does something else or has an error, or ``decide`` has
-                raised one.
-            StorageError: rank 0 is gone.
+                raised one. Or whoever keeps the messages is gone.
         """
+        try:
+            return self._exchange(what, message, decide, error)
+        except StorageError as gone:
+            raise RanksError(f"at {what}: {gone}", [0]) from gone
+
+    def _exchange(
+        self, what: str, message: Any, decide: Callable[[list[Any]], Any], error: CheckpointError | None
+    ) -> Any:
         name = self.name()
         failed = error_fields(error) if error is not None else None
         boards.put(self.board, f"{name}/ask/{self.rank}", [what, message, failed])

@@ -91,9 +91,8 @@ class JointLoad:
         restoration, error = _tried(draft.fit.close)
         self._exchange("the judgement of a load", None, lambda _: None, error)
         assert restoration is not None
-        loaded, error = _tried(
-            lambda: loader.fill(draft, restoration, self._found.skipped if self._found is not None else self._skipped)
-        )
+        skipped = self._found.skipped if self._found is not None else self._skipped
+        loaded, error = _tried(lambda: loader.fill(draft, restoration, skipped))
         self._exchange("the end of a load", None, lambda _: None, error)
         assert loaded is not None
         return loaded

@@ -47,7 +47,8 @@ class Peers:
 
 
 def _gone(error: RuntimeError) -> StorageError:
-    return StorageError(f"the store of torch.distributed doesn't answer, its process is gone: {error}")
+    first = str(error).partition("\n")[0]
+    return StorageError(f"rank 0, or the launcher, is gone, by whom the ranks leave each other messages: {first}")
 
 
 def peers() -> Peers | None:
