@@ -166,8 +166,8 @@ class Dispatcher:
         try:
             return self._save_here(job, stage)
         except BaseException as error:
-            # Once more, or for the first time: what fails before anything is written isn't told by whoever writes.
-            share.give_up(error)
+            # Nothing, if it was told by whoever writes: this is for what fails before that.
+            share.report({"error": f"rank {share.crew.rank}: {error}"})
             raise
 
     def _save_here(self, job: Job, stage: Stage) -> Checkpoint:

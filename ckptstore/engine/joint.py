@@ -82,15 +82,10 @@ class JointSaver:
             stage.check()
         except BaseException as error:
             failed = self._failed(id, _told(error, stage), [rank])
-            self._report({"error": str(failed)})
+            self._share.report({"error": str(failed)})
             raise failed from error
-        self._report({"size": entry.size, "sha256": entry.sha256, "via": self._via(id, files)})
+        self._share.report({"size": entry.size, "sha256": entry.sha256, "via": self._via(id, files)})
         return files, entry
-
-    def _report(self, message: dict[str, Any]) -> None:
-        # Where nobody takes reports any more, rank 0 is gone: then the register decides.
-        with suppress(StorageError):
-            self._crew.report(self._share.name, message)
 
     def _via(self, id: CheckpointId, files: Sequence[FileEntry]) -> str | None:
         """The checkpoint by way of which something is borrowed."""
@@ -154,7 +149,7 @@ class JointSaver:
                 part = read_part(self._storage, id, self._entry(reports[rank], rank))
             except (IntegrityError, FormatError) as error:
                 raise self._failed(
-                    id, f"its part is not where rank 0 looks ({error}): do all ranks have the same storage?", [rank]
+                    id, f"its part is not what rank 0 finds, as if they hadn't one storage in common ({error})", [rank]
                 ) from error
             if (part.world_size, part.plan) != (self._crew.size, self._share.plan):
                 ours = f"{self._crew.size} ranks, plan {self._share.plan[:8]}"

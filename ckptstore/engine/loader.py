@@ -54,7 +54,7 @@ class Loader:
     rank: int = 0
     size: int = 1
 
-    def plain(self, checkpoint: Checkpoint, only: Sequence[str] | None, rank: int | None) -> Any:
+    def plain(self, checkpoint: Checkpoint, only: Sequence[str] | None, rank: int | None = None) -> Any:
         """The state as plain data: what ``rank`` had, or what all had together."""
         from ckptstore.state.restore import restore_plain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptstore.engine.crew import Crew
@@ -32,6 +32,7 @@ class Share:
     plan: str
     tensors: int
     parameters: int
+    _reported: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -47,10 +48,14 @@ class Share:
         with suppress(StorageError):
             self.crew.announce(self.name, outcome)
 
-    def give_up(self, error: BaseException) -> None:
-        """On another rank: tell rank 0 that it waits in vain."""
+    def report(self, message: dict[str, Any]) -> None:
+        """Tell rank 0 what this rank has written, or why it hasn't; once."""
+        if self._reported:
+            return
+        self._reported.append(True)
+        # Where nobody takes reports any more, rank 0 is gone: then the register decides.
         with suppress(StorageError):
-            self.crew.report(self.name, {"error": f"rank {self.crew.rank}: {error}"})
+            self.crew.report(self.name, message)
 
 
 def told_outcome(outcome: dict[str, Any], id: CheckpointId) -> CommitRecord:

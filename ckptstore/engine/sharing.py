@@ -157,14 +157,14 @@ def _check_shards(tables: Sequence[Table], name: str, copies: list[_Copy]) -> No
             )
     regions = {copy.region for copy in copies if copy.region is not None}
     if not tiles(tuple(first[2]), list(regions)):
-        who = sorted({copy.rank for copy in copies})
+        stray = sorted(_stray(copies, len(tables)))
+        whose = f", that of {ranks_text(stray)}, it seems" if stray else ""
         raise RanksError(
-            f"the shards of {name!r} on {ranks_text(who)} don't make up all of {first[2]}: some are missing or overlap",
-            _stray(tuple(first[2]), copies, len(tables)),
+            f"the shards of {name!r} don't make up all of {first[2]}: one is missing or overlaps another{whose}", stray
         )
 
 
-def _stray(shape: tuple[int, ...], copies: Sequence[_Copy], size: int) -> Iterable[int]:
+def _stray(copies: Sequence[_Copy], size: int) -> Iterable[int]:
     """The ranks that have none of it, or one that overlaps an earlier one's."""
     missing = set(range(size)) - {copy.rank for copy in copies}
     seen: list[Region] = []
@@ -217,9 +217,11 @@ def _assign(units: list[_Unit], tasks: list[Task], size: int) -> None:
     total = sum(unit.nbytes for unit in shared)
     writers = min(size, max(1, total // SHARE_BYTES))
     piece = max(SHARE_BYTES, total // (writers * _PIECES))
+    # Who has least to write anyway.
+    chosen = set(sorted(range(size), key=lambda rank: (loads[rank], rank))[:writers])
     for unit in shared:
-        # Who has least to write anyway comes first.
-        few = sorted(unit.copies, key=lambda copy: (loads[copy.rank], copy.rank))[:writers]
+        able = [copy for copy in unit.copies if copy.rank in chosen] or unit.copies
+        few = sorted(able, key=lambda copy: (loads[copy.rank], copy.rank))[:writers]
         pieces = min(unit.rows, -(-unit.nbytes // piece)) if unit.rows > 1 and len(few) > 1 else 1
         if pieces > 1:
             _cut(unit, few, pieces, loads, tasks)

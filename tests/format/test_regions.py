@@ -39,14 +39,15 @@ def test_runs_move_what_both_have_and_nothing_else(
     stored, wanted = cut(whole, source), cut(whole, target)
     raw, item = stored.tobytes(), stored.itemsize
     # In pieces, as blocks give them; elements never straddle two.
-    edges = sorted({0, len(raw), *(n * item for n in data.draw(st.lists(st.integers(0, len(raw) // item), max_size=4)))})
+    places = data.draw(st.lists(st.integers(0, len(raw) // item), max_size=4))
+    edges = sorted({0, len(raw), *(place * item for place in places)})
     got = np.zeros(wanted.nbytes, np.uint8)
     times = np.zeros(wanted.nbytes, int)
     for begin, end in itertools.pairwise(edges):
-        for run in runs(source, target, item, begin, end):
-            assert begin <= run.source and run.source + run.length <= end
-            got[run.target : run.target + run.length] = np.frombuffer(raw, np.uint8)[run.source : run.source + run.length]
-            times[run.target : run.target + run.length] += 1
+        for at, to, length in runs(source, target, item, begin, end):
+            assert begin <= at <= at + length <= end
+            got[to : to + length] = np.frombuffer(raw, np.uint8)[at : at + length]
+            times[to : to + length] += 1
     mask = np.zeros(shape, bool)
     mask[tuple(slice(o, o + n) for o, n in zip(source.offset, source.shape, strict=True))] = True
     inside = np.repeat(cut(mask, target).reshape(-1), item)
@@ -64,7 +65,7 @@ def test_shards_of_rows_are_single_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, regions",
+    ("shape", "regions"),
     [
         ((), [Region((), ())]),
         ((4,), [Region((0,), (2,)), Region((2,), (2,))]),
@@ -78,7 +79,7 @@ def test_they_make_up_the_whole(shape: tuple[int, ...], regions: list[Region]) -
 
 
 @pytest.mark.parametrize(
-    "shape, regions",
+    ("shape", "regions"),
     [
         ((4,), [Region((0,), (2,))]),
         ((4,), [Region((0,), (2,)), Region((1,), (2,))]),

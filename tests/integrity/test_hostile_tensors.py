@@ -209,7 +209,7 @@ def test_stored_bytes_are_checked_before_they_are_decoded(p: Pair, forge: Forge)
 
 LIMITED = """
 import resource, sys, ckptstore
-from ckptstore.engine.reader import read_contents
+from ckptstore.engine.contents import read_contents
 store = ckptstore.open(sys.argv[1], threads=1, read_only=True)
 checkpoint = store.resolve("latest")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

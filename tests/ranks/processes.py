@@ -6,13 +6,16 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.ranks.preload"])
 TIMEOUT_S = 120
+FAILED_S = 10
 
 
 class Failure(Exception):
@@ -70,18 +73,27 @@ class Ranks:
 
     def results(self, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """What each gave, or the ``Failure`` of it; None of one that was killed."""
-        found: list[Any] = []
-        for pipe in self.pipes:
-            try:
-                assert pipe.poll(timeout_s), "a rank hangs"
-                found.append(pipe.recv())
-            except (EOFError, ConnectionResetError):
-                found.append(None)
+        found: dict[int, Any] = {}
+        ends = time.monotonic() + timeout_s
+        while len(found) < self.size and (left_s := ends - time.monotonic()) > 0:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in found}
+            for pipe in wait(list(waiting), left_s):
+                try:
+                    found[waiting[pipe]] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    found[waiting[pipe]] = None
+                if isinstance(found[waiting[pipe]], Failure):
+                    # The others may wait for it in vain.
+                    ends = min(ends, time.monotonic() + FAILED_S)
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.close()
-            process.join(10)
+            process.join(10 if len(found) == self.size else 0.1)
             process.kill()
-        return found
+        for failed in found.values():
+            if isinstance(failed, Failure) and len(found) < self.size:
+                raise failed
+        assert len(found) == self.size, f"these ranks hang: {sorted(set(range(self.size)) - found.keys())}"
+        return [found[rank] for rank in range(self.size)]
 
 
 def run(size: int, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> list[Any]:

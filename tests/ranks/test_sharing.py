@@ -1,0 +1,174 @@
+"""Who writes what: everything once, by somebody who has it, evenly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptstore.engine.crew import RanksError
+from ckptstore.engine.sharing import SHARE_BYTES, Plan, Table, share
+from ckptstore.format.regions import Region, tiles
+
+MB = 1 << 20
+
+
+def table(*rows: tuple[Any, ...]) -> Table:
+    """Rows of name, shape (of bytes), and a shard's offset and shape."""
+    found: Table = {"names": [], "kinds": [], "regions": [], "nbytes": [], "cuttable": [], "parameters": []}
+    for name, shape, *region in rows:
+        extent = region[1] if region else shape
+        count = 1
+        for n in extent:
+            count *= n
+        found["names"].append(name)
+        found["kinds"].append(["U8", None, list(shape)])
+        found["regions"].append([list(region[0]), list(region[1])] if region else None)
+        found["nbytes"].append(count)
+        found["cuttable"].append(not region and bool(shape))
+        found["parameters"].append(count)
+    return found
+
+
+def written(plan: Plan, tables: list[Table]) -> dict[str, list[tuple[int, Region]]]:
+    """By the name in storage, who writes which box of it."""
+    found: dict[str, list[tuple[int, Region]]] = {}
+    for rank, (task, each) in enumerate(zip(plan.tasks, tables, strict=True)):
+        for number, name in enumerate(each["names"]):
+            key, shape = str(number), tuple(each["kinds"][number][2])
+            region = each["regions"][number]
+            box = Region.whole(shape) if region is None else Region(tuple(region[0]), tuple(region[1]))
+            if number in task["skip"]:
+                assert key not in task["cut"]
+                continue
+            if key in task["cut"]:
+                begin, count = task["cut"][key]
+                box = Region((begin, *(0,) * (len(shape) - 1)), (count, *shape[1:]))
+            found.setdefault(task["rename"].get(key, name), []).append((rank, box))
+    return found
+
+
+def loads(plan: Plan, tables: list[Table]) -> list[int]:
+    total = [0] * len(tables)
+    for boxes in written(plan, tables).values():
+        for rank, box in boxes:
+            count = 1
+            for n in box.shape:
+                count *= n
+            total[rank] += count
+    return total
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[list[Table], list[list[str]]]:
+    size = draw(st.integers(1, 6))
+    rows: list[list[tuple[Any, ...]]] = [[] for _ in range(size)]
+    samples: list[list[str]] = [[] for _ in range(size)]
+    for number in range(draw(st.integers(0, 8))):
+        kind = draw(st.sampled_from(["all", "some", "shards", "replicated shards"]))
+        shape = (draw(st.integers(1, 40)), draw(st.sampled_from([1, 1000, 3 * MB])))
+        holders = (
+            list(range(size)) if kind != "some" else draw(st.lists(st.integers(0, size - 1), min_size=1, unique=True))
+        )
+        for index, rank in enumerate(sorted(holders)):
+            box: tuple[Any, ...] = ()
+            if "shards" in kind:
+                groups = size if kind == "shards" else max(1, size // 2)
+                part = index % groups
+                begin, end = part * shape[0] // groups, (part + 1) * shape[0] // groups
+                if begin == end or (kind == "replicated shards" and size < 2):
+                    continue
+                box = ((begin, 0), (end - begin, shape[1]))
+            rows[rank].append((f"t{number}", shape, *box))
+            samples[rank].append("same" if "shards" in kind else draw(st.sampled_from(["a", "b"])))
+    return [table(*each) for each in rows], samples
+
+
+@given(jobs())
+def test_each_tensor_is_written_once_and_as_a_whole(job: tuple[list[Table], list[list[str]]]) -> None:
+    tables, samples = job
+    if not tables_are_whole(tables):
+        with pytest.raises(RanksError, match="don't make up all of"):
+            share(tables, samples)
+        return
+    plan = share(tables, samples)
+    found = written(plan, tables)
+    for name, boxes in found.items():
+        shape = shape_of(tables, name)
+        assert tiles(shape, [box for _, box in boxes]), name
+    # Every rank's tree names something that is stored, and was the same there.
+    for rank, each in enumerate(tables):
+        for number, name in enumerate(each["names"]):
+            assert plan.tasks[rank]["rename"].get(str(number), name) in found
+    assert plan.tensors == len(found)
+
+
+def tables_are_whole(tables: list[Table]) -> bool:
+    shards: dict[str, set[Region]] = {}
+    for each in tables:
+        for name, region in zip(each["names"], each["regions"], strict=True):
+            if region is not None:
+                shards.setdefault(name, set()).add(Region(tuple(region[0]), tuple(region[1])))
+    return all(tiles(shape_of(tables, name), list(boxes)) for name, boxes in shards.items())
+
+
+def shape_of(tables: list[Table], name: str) -> tuple[int, ...]:
+    base = name.partition("~")[0]
+    return next(tuple(t["kinds"][t["names"].index(base)][2]) for t in tables if base in t["names"])
+
+
+def test_replicas_are_spread_evenly_by_bytes() -> None:
+    """As many layers as a language model has, one of them a quarter of all: within an eighth of the fair share."""
+    rows = [("embedding", (50_000, 2000)), *((f"layer{n}", (3000, 2000)) for n in range(48)), ("bias", (10,))]
+    tables = [table(*rows)] * 4
+    plan = share(tables, [["x"] * len(rows)] * 4)
+    each = loads(plan, tables)
+    fair = sum(each) / 4
+    assert max(each) <= 1.13 * fair
+    assert plan.parameters == sum(each)
+
+
+def test_little_is_written_by_one() -> None:
+    """Sixteen files of a kilobyte would make no save faster."""
+    tables = [table(("a", (1000,)), ("b", (1000,)))] * 16
+    assert loads(share(tables, [["x", "x"]] * 16), tables) == [2000, *[0] * 15]
+
+
+def test_who_has_more_of_its_own_gets_fewer_replicas() -> None:
+    tables = [
+        table(("mine", (4 * SHARE_BYTES,)), ("both", (4 * SHARE_BYTES,))),
+        table(("both", (4 * SHARE_BYTES,))),
+    ]
+    assert loads(share(tables, [["m", "x"], ["x"]]), tables) == [4 * SHARE_BYTES] * 2
+
+
+def test_a_name_with_several_contents_is_stored_for_each_of_them() -> None:
+    """Pipeline stages whose layers have the same names, two replicas of each."""
+    tables = [table(("0.weight", (8,)), ("0.weight~rank2", (1,)))] * 4
+    plan = share(tables, [["a", "x"], ["a", "x"], ["b", "x"], ["b", "x"]])
+    assert [task["rename"] for task in plan.tasks] == [{}, {}, {"0": "0.weight~rank2~"}, {"0": "0.weight~rank2~"}]
+    assert plan.tensors == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "words"),
+    [
+        ([[("w", (4,), (0,), (2,))], [("w", (4,), (1,), (2,))]], [1], "missing or overlaps"),
+        ([[("w", (4,), (0,), (2,))], [("w", (4,), (3,), (1,))]], [], "missing or overlaps"),
+        ([[("w", (4,), (0,), (4,))], [("v", (4,))]], None, None),
+        ([[("w", (4,), (0,), (2,))], []], [1], "missing or overlaps"),
+        ([[("w", (4,), (0,), (2,))], [("w", (4,))]], [1], "is whole on rank 1"),
+        ([[("w", (4,), (0,), (2,))], [("w", (6,), (2,), (2,))]], [1], r"a shard of \[6\]"),
+    ],
+)
+def test_shards_that_make_up_no_tensor(rows: Any, ranks: list[int] | None, words: str | None) -> None:
+    tables = [table(*each) for each in rows]
+    samples = [["x"] * len(each) for each in rows]
+    if words is None:
+        share(tables, samples)
+        return
+    with pytest.raises(RanksError, match=words) as caught:
+        share(tables, samples)
+    assert caught.value.ranks == ranks
