@@ -140,7 +140,7 @@ def a_shard_is_missing(store: Store, rank: int) -> Any:
 def shards_overlap(store: Store, rank: int) -> Any:
     def moved(real: Any, self: Any) -> Any:
         box = real.fget(self)
-        return ((2, 0), box[1]) if box is not None else None
+        return ((3, 0), box[1]) if box is not None else None
 
     with _region(moved, active=rank == ODD):
         return store.save(_SHARDED, step=2)
