@@ -20,9 +20,10 @@ from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.joint import JointSaver
 from ckptstore.engine.plan import Change
-from ckptstore.engine.rendezvous import SAMPLE_LENGTH, Begun, Bid, Rendezvous
+from ckptstore.engine.rendezvous import Begun, Bid, Rendezvous
 from ckptstore.engine.saver import Durable, Job, Saver, Tools
 from ckptstore.engine.share import Share
+from ckptstore.engine.sharer import SAMPLE_CHARACTERS
 from ckptstore.engine.sharing import table_of
 from ckptstore.engine.stage import Stage
 from ckptstore.errors import SaveFailedError, StorageError
@@ -86,7 +87,7 @@ class Dispatcher:
         def bid() -> Bid:
             state, facts = ask()
             asked.append((state, facts))
-            digests = [block_digest("sha256", data)[:SAMPLE_LENGTH] for data in samples(state.sources)]
+            digests = [block_digest("sha256", data)[:SAMPLE_CHARACTERS] for data in samples(state.sources)]
             return Bid(facts, table_of(state.sources, state.elements), digests)
 
         if self._rendezvous is None:

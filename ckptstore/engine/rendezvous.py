@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ckptstore.engine.crew import Crew, Each, RanksError, ranks_text
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.share import Share
-from ckptstore.engine.sharing import Plan, Table, Task, share
+from ckptstore.engine.sharer import Sharer
+from ckptstore.engine.sharing import Plan, Table, Task
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError, SaveFailedError
 from ckptstore.format import layout
 from ckptstore.format.digest import sha256
@@ -45,8 +46,11 @@ class Rendezvous:
     def __init__(self, crew: Crew, storage: Storage) -> None:
         self._crew, self._storage = crew, storage
         self._sent: Table | None = None
+        self._sent_digest = ""
+        self._task: Task | None = None
         # On rank 0.
-        self._tables: dict[int, Table] = {}
+        self._sharer = Sharer()
+        self._digest = ""
         self._seen = False
 
     def agree(self, ask: Callable[[], Bid], begin: Callable[[int], Begun]) -> tuple[Share, Task]:
@@ -68,15 +72,17 @@ class Rendezvous:
             id = parse_id(answer["id"])
             self._look(answer["writer"], id)
         except RanksError as error:
-            # The next one is to be sent in full: nobody knows what rank 0 has got.
-            self._sent = None
+            # The next one is to be sent, and answered, in full: nobody knows what has arrived.
+            self._sent = self._task = None
             if own is not None:
                 raise own from error
             text = f"step {message['step']} was not saved by any rank: {error}. Older checkpoints are untouched"
             raise error.as_error(SaveFailedError, text) from error
         self._sent = message["table"] or self._sent
+        self._task = answer["task"] or self._task
+        assert self._task is not None
         plan, tensors, parameters = answer["plan"], answer["tensors"], answer["parameters"]
-        return Share(self._crew, name, id, store, answer["latest"], plan, tensors, parameters), answer["task"]
+        return Share(self._crew, name, id, store, answer["latest"], plan, tensors, parameters), self._task
 
     def _message(self, ask: Callable[[], Bid]) -> tuple[dict[str, Any], CheckpointError | None]:
         try:
@@ -85,11 +91,15 @@ class Rendezvous:
             return {}, error
         facts = bid.facts
         table = None if self._sent == bid.table else bid.table
+        if table is not None:
+            self._sent_digest = sha256(compact(table))
         return {
             "url": self._storage.url,
             "step": facts.step,
             "epoch": facts.epoch,
             "table": table,
+            "digest": self._sent_digest,
+            "knows": self._task is not None,
             "samples": "".join(bid.samples),
         }, None
 
@@ -98,25 +108,24 @@ class Rendezvous:
     def _decide(self, messages: list[dict[str, Any]], begin: Callable[[int], Begun]) -> Each:
         for what in ("url", "step", "epoch"):
             _check_same(messages, what)
-        for rank, message in enumerate(messages):
-            if message["table"] is not None:
-                self._tables[rank] = message["table"]
-        tables = [self._tables[rank] for rank in range(self._crew.size)]
-        plan = share(tables, [_split(message["samples"]) for message in messages])
-        return self._answers(plan, tables, begin(messages[0]["step"]))
+        plan = self._sharer.plan([message["table"] for message in messages], [m["samples"] for m in messages])
+        if self._sharer.changed:
+            self._digest = sha256(compact([[message["digest"] for message in messages], plan.tasks]))
+        known = [message["knows"] and not self._sharer.changed for message in messages]
+        return self._answers(plan, known, begin(messages[0]["step"]))
 
-    def _answers(self, plan: Plan, tables: Sequence[Table], begun: Begun) -> Each:
+    def _answers(self, plan: Plan, known: Sequence[bool], begun: Begun) -> Each:
         writer = layout.writer_key(begun.id.writer)
         common = {
             "store": begun.store.model_dump(),
             "id": str(begun.id),
             "latest": begun.latest,
-            "plan": sha256(compact([tables, plan.tasks])),
+            "plan": self._digest,
             "tensors": plan.tensors,
             "parameters": plan.parameters,
             "writer": sha256(self._storage.read(writer, limit=SMALL_LIMIT)) if not self._seen else None,
         }
-        return Each({**common, "task": task} for task in plan.tasks)
+        return Each({**common, "task": None if knows else task} for task, knows in zip(plan.tasks, known, strict=True))
 
     # -- all ---------------------------------------------------------------------------------------------
 
@@ -140,14 +149,6 @@ class Rendezvous:
 
         self._crew.exchange("the first look at the storage", seen, decide)
         self._seen = True
-
-
-def _split(samples: str) -> list[str]:
-    return [samples[at : at + SAMPLE_LENGTH] for at in range(0, len(samples), SAMPLE_LENGTH)]
-
-
-SAMPLE_LENGTH = 16
-"""Characters of one sample's digest."""
 
 
 def _check_same(messages: Sequence[dict[str, Any]], what: str) -> None:

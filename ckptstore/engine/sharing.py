@@ -6,7 +6,7 @@ rank that has it. What differs from rank to rank under one name is stored once f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
@@ -75,7 +75,7 @@ class _Copy(NamedTuple):
     rank: int
     number: int
     region: Region | None
-    sample: str
+    sample: Hashable
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Tensor:
     copies: list[_Copy] = field(default_factory=list)
 
 
-def share(tables: Sequence[Table], samples: Sequence[Sequence[str]]) -> Plan:
+def share(tables: Sequence[Table], samples: Sequence[Sequence[Hashable]]) -> Plan:
     """Who writes what.
 
     Args:
@@ -124,7 +124,7 @@ def share(tables: Sequence[Table], samples: Sequence[Sequence[str]]) -> Plan:
     return Plan(tasks, count, _parameters(tables))
 
 
-def _by_name(tables: Sequence[Table], samples: Sequence[Sequence[str]]) -> dict[str, list[_Copy]]:
+def _by_name(tables: Sequence[Table], samples: Sequence[Sequence[Hashable]]) -> dict[str, list[_Copy]]:
     found: dict[str, list[_Copy]] = {}
     for rank, (table, each) in enumerate(zip(tables, samples, strict=True)):
         for number, (name, region, sample) in enumerate(zip(table["names"], table["regions"], each, strict=True)):
@@ -138,7 +138,7 @@ def _kinds(tables: Sequence[Table], name: str, copies: list[_Copy]) -> list[list
     if any(copy.region is not None for copy in copies):
         _check_shards(tables, name, copies)
         return [copies]
-    kinds: dict[tuple[str, str], list[_Copy]] = {}
+    kinds: dict[tuple[str, Hashable], list[_Copy]] = {}
     for copy in copies:
         kinds.setdefault((repr(tables[copy.rank]["kinds"][copy.number]), copy.sample), []).append(copy)
     return list(kinds.values())
