@@ -19,6 +19,7 @@ from ckptstore.engine.crew import Crew
 from ckptstore.engine.dispatcher import Dispatcher
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
+from ckptstore.engine.planned import PlannedSaves
 from ckptstore.engine.saver import Durable, Job, Tools
 from ckptstore.engine.workers import Progress, cores
 from ckptstore.errors import (
@@ -89,6 +90,8 @@ class Store(View):
             tools, self._finder, shared=shared, check_writable=self._check_writable, committed=self._committed
         )
         claim, lock = self._dispatcher.claim, self._dispatcher.lock
+        self.planned = PlannedSaves(tools, finder, claim, lock, self._check_writable, self._committed, durable)
+        """For integrations: saves that others plan."""
         self._retainer = None if keep is None else Retainer(storage, self._finder, claim, lock, keep, trash_s)
         copied = self._retainer.copied if self._retainer is not None else lambda: None
         self._replicators = [

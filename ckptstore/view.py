@@ -222,7 +222,7 @@ class View:
         candidates = self._candidates(selector)
         for checkpoint in candidates:
             try:
-                with self._loading(checkpoint, progress) as loader:
+                with self.loading(checkpoint, progress) as loader:
                     if into is None:
                         return loader.plain(checkpoint, only, rank)
                     return loader.draft(checkpoint, into, only, strict).finish(candidates.skipped)
@@ -252,7 +252,7 @@ class View:
             if elsewhere and not crew.leads:
                 # Where it lies, the backups tell.
                 self._finder.view()
-            return self._loading(checkpoint, progress)
+            return self.loading(checkpoint, progress)
 
         joint = JointLoad(crew, lambda: self._candidates(selector), open_loader, self._lies_elsewhere)
         return joint.run(into, only, strict, goes_on=selector == "latest")
@@ -286,7 +286,7 @@ class View:
         _check_patterns(only)
         checkpoint = self._finder.select(self._finder.view(), selector)
         try:
-            with self._loading(checkpoint, None) as loader:
+            with self.loading(checkpoint, None) as loader:
                 return loader.differing(checkpoint, state, only)
         except (IntegrityError, FormatError):
             if keep.is_buried(self._finder.home(checkpoint), checkpoint):
@@ -295,7 +295,7 @@ class View:
             raise
 
     @contextmanager
-    def _loading(self, checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Loader]:
+    def loading(self, checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Loader]:
         """A loader that has the backups at hand. What it found damaged is repaired when it is done."""
         home, backups = self._finder.home(checkpoint), self._finder.backups
         if not backups:

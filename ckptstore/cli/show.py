@@ -67,9 +67,11 @@ def _tensors(contents: Contents) -> _Tensors:
 
 
 def _values(contents: Contents) -> _Values:
-    many = len(contents.parts) > 1
+    # The tree of all ranks together stands in the first one's part.
+    parts = [part for part in contents.parts if part.tree is not None or part.rank == 0]
+    many = len(parts) > 1
     found: _Values = {}
-    for part in contents.parts:
+    for part in parts:
         try:
             found.update(plain_values(part.tree, f"rank {part.rank}" if many else ""))
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ckptstore.engine.workers import run
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError
@@ -66,6 +66,12 @@ class Contents:
     commit: CommitRecord
     digest: Literal["blake3", "sha256"]
     parts: Sequence[PartRecord]
+
+    @property
+    def trees(self) -> list[Any]:
+        """All that is no tensor, of each rank; the first one's, where that is all ranks' together."""
+        first = self.parts[0].tree
+        return [first if part.tree is None else part.tree for part in self.parts]
 
     @cached_property
     def files(self) -> list[DataFile]:

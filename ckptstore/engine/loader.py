@@ -82,7 +82,7 @@ class Loader:
         parts, specs = contents.parts, _specs(contents)
         if len(parts) == self.size:
             try:
-                own = Draft(parts[self.rank].tree, specs, target, only=only, strict=strict)
+                own = Draft(contents.trees[self.rank], specs, target, only=only, strict=strict)
             except StateError:
                 if len(parts) == 1:
                     raise
@@ -159,14 +159,14 @@ def _tree_of(contents: Contents, rank: int) -> Any:
             f"{contents.commit.id} was saved by {len(contents.parts)} ranks, and has nothing of rank {rank}",
             id=contents.commit.id,
         )
-    return contents.parts[rank].tree
+    return contents.trees[rank]
 
 
 def _union(contents: Contents, rank: int) -> Any:
     """The tree of ``rank``, with what only other ranks have; of rank 0 where that wasn't there."""
     from ckptstore.state.merge import merged
 
-    trees = [part.tree for part in contents.parts]
+    trees = contents.trees
     return trees[0] if len(trees) == 1 else merged(trees, rank if rank < len(trees) else 0)
 
 

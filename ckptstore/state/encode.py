@@ -20,7 +20,7 @@ from ckptstore.state import modules, optimizer, rng, sharding
 from ckptstore.state.device import DeviceReader
 from ckptstore.state.dtypes import CODE_BYTES, TORCH_STORED, numpy_stored
 from ckptstore.state.registry import Registration, is_namedtuple, registered_class, type_name
-from ckptstore.state.sharding import Shard
+from ckptstore.state.sharding import Box, Shard
 from ckptstore.state.tensors import TensorSource, TensorSpec
 from ckptstore.state.values import (
     EXACT_INT,
@@ -136,6 +136,21 @@ class Encoder:
             spread = local.shape != value.shape
             self._add(local, name, key, Shard(name, tuple(value.shape) + tail, region) if spread else None)
         return {TAG: "tensor", "name": name}
+
+    def piece(self, value: torch.Tensor, name: str, shape: tuple[int, ...], box: Box) -> None:
+        """Make a plain tensor a source, as what lies in ``box`` of the tensor ``name`` of that shape, or as all of it.
+
+        Raises:
+            StateError: it can't be stored without pickle.
+        """
+        _check_tensor(value, name)
+        self._names.add(name)
+        if not value.numel() and 0 not in shape:
+            return
+        tail, shard = TORCH_STORED[value.dtype].tail, None
+        if box[1] != shape:
+            shard = Shard(name, shape + tail, (box[0] + (0,) * len(tail), box[1] + tail))
+        self._add(value, name, _identity(value, torch.Size(shape)), shard)
 
     def _add(self, value: torch.Tensor, name: str, key: tuple[Any, ...] | None, shard: Shard | None) -> None:
         """Make a plain tensor of this process a source."""
