@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from ckptstore.engine.buffers import BufferPool
 from ckptstore.engine.commit import read_fate
@@ -21,6 +22,35 @@ from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import CommitRecord, FileEntry
 from ckptstore.storage.base import Storage
+
+
+class FileFacts(Protocol):
+    """What a commit needs to know of a data file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def raw_bytes(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+
+
+class ReportedFile(NamedTuple):
+    """A data file as another rank has reported it."""
+
+    name: str
+    owner: str
+    stored_bytes: int
+    raw_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Where the bytes lie, in its owner's folder."""
+        return layout.file_key(parse_id(self.owner), self.name)
 
 
 @dataclass(frozen=True)
@@ -83,12 +113,12 @@ def may_be_lent(storage: Storage, record: CommitRecord, file: FileEntry) -> bool
     return file.owner == record.id or _is_committed(storage, file.owner)
 
 
-def owners(id: CheckpointId, files: Sequence[FileEntry]) -> list[str]:
+def owners(id: CheckpointId, files: Sequence[FileFacts]) -> list[str]:
     """The other checkpoints in whose folders some of the files of ``id`` lie, in order."""
     return sorted({file.owner for file in files} - {str(id)}, key=parse_id)
 
 
-def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) -> None:
+def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileFacts]) -> None:
     """Nothing, if every file lies where it should.
 
     Raises:
@@ -108,7 +138,7 @@ def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileEntry]) 
             raise SaveFailedError(f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step)
 
 
-def is_safe(storage: Storage, lender: CheckpointId, borrowed: Sequence[FileEntry]) -> bool:
+def is_safe(storage: Storage, lender: CheckpointId, borrowed: Sequence[FileFacts]) -> bool:
     """Whether what ``borrowed`` names is there and nobody can be about to remove it; asked after the borrower's commit.
 
     Whoever removes the lender's own files lists the commits after its record is gone, and finds the borrower. Whoever
@@ -128,7 +158,7 @@ def _is_committed(storage: Storage, id: str) -> bool:
         return False
 
 
-def lies_there(storage: Storage, file: FileEntry) -> bool:
+def lies_there(storage: Storage, file: FileFacts) -> bool:
     """Whether an object of the right size is where ``file`` should be.
 
     Raises:

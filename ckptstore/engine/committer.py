@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckptstore.engine.borrow import check_files, owners
+from ckptstore.engine.borrow import FileFacts, check_files, owners
 from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import bury, commit
 from ckptstore.engine.facts import Facts
@@ -27,7 +27,6 @@ from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import (
     PART_LIMIT,
     CommitRecord,
-    FileEntry,
     ManifestRecord,
     PartEntry,
     PartRecord,
@@ -71,11 +70,11 @@ class Committer:
         self,
         id: CheckpointId,
         told: Told,
-        files: Sequence[FileEntry],
+        files: Sequence[FileFacts],
         write: Callable[[], Sealed256],
         *,
         last_look: Callable[[CommitRecord], None] = lambda record: None,
-        look_at: Callable[[Sequence[FileEntry]], None] | None = None,
+        look_at: Callable[[Sequence[FileFacts]], None] | None = None,
         give_up: Callable[[BaseException], None] = lambda error: None,
     ) -> CommitRecord:
         """Write, look, commit.
@@ -175,7 +174,7 @@ class Committer:
         self.storage.create(layout.part_key(id, part.rank), data)
         return PartEntry(rank=part.rank, size=len(data), sha256=sha256(data))
 
-    def _record(self, id: CheckpointId, told: Told, files: Sequence[FileEntry], manifest: Sealed256) -> CommitRecord:
+    def _record(self, id: CheckpointId, told: Told, files: Sequence[FileFacts], manifest: Sealed256) -> CommitRecord:
         facts = told.facts
         return validate(
             CommitRecord,
@@ -191,7 +190,7 @@ class Committer:
                 "parameters": told.parameters,
                 "tensors": told.tensors,
                 "files": len(files),
-                "raw_bytes": sum(block.raw for file in files for block in file.blocks),
+                "raw_bytes": sum(file.raw_bytes for file in files),
                 "stored_bytes": sum(file.stored_bytes for file in files),
                 "borrowed_bytes": sum(file.stored_bytes for file in files if file.owner != str(id)),
                 "world_size": told.ranks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -61,17 +61,34 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, after manifest and parts were proven against the commit record."""
+    """What a checkpoint holds, after manifest and parts were proven against the commit record.
+
+    Attributes:
+        parts: of all ranks in order, or of those that were asked for, the first one among them.
+    """
 
     commit: CommitRecord
     digest: Literal["blake3", "sha256"]
     parts: Sequence[PartRecord]
 
     @property
-    def trees(self) -> list[Any]:
-        """All that is no tensor, of each rank; the first one's, where that is all ranks' together."""
+    def trees(self) -> dict[int, Any]:
+        """All that is no tensor, by rank; the first one's, where that is all ranks' together."""
         first = self.parts[0].tree
-        return [first if part.tree is None else part.tree for part in self.parts]
+        return {part.rank: first if part.tree is None else part.tree for part in self.parts}
+
+    def covers(self, name: str, region: Region) -> bool:
+        """Whether all of a region of a tensor lies in the parts that are here, once."""
+        shared = (file.region(row).within(region) for file, row in self._places.get(name, ()))
+        return tiles(region.shape, [box for box in shared if box is not None])
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[DataFile, int]]]:
+        places: dict[str, list[tuple[DataFile, int]]] = {}
+        for file in self.files:
+            for row in range(len(file.stream.rows)):
+                places.setdefault(file.name(row), []).append((file, row))
+        return places
 
     @cached_property
     def files(self) -> list[DataFile]:
@@ -95,8 +112,9 @@ class Contents:
                     shards.setdefault(file.entry.prefix + place.tensor, []).append(shard)
                 elif found.setdefault(file.entry.prefix + row.name, row) is not row:
                     raise FormatError(f"{self.commit.id} lists tensor {row.name[:80]!r} twice", id=self.commit.id)
+        complete = len(self.parts) == self.commit.world_size
         for name, each in shards.items():
-            if name in found or not _make_up_one(each):
+            if name in found or not _belong_together(each) or (complete and not _make_up_one(each)):
                 raise FormatError(
                     f"the shards of {name[:80]!r} in {self.commit.id} don't make up one tensor: some are missing, "
                     "overlap or don't belong together",
@@ -126,9 +144,12 @@ class _Shard(NamedTuple):
     region: Region
 
 
+def _belong_together(shards: Sequence[_Shard]) -> bool:
+    return len({(shard.row.dtype, shard.row.logical, shard.shape) for shard in shards}) == 1
+
+
 def _make_up_one(shards: Sequence[_Shard]) -> bool:
-    kinds = {(shard.row.dtype, shard.row.logical, shard.shape) for shard in shards}
-    return len(kinds) == 1 and tiles(shards[0].shape, [shard.region for shard in shards])
+    return tiles(shards[0].shape, [shard.region for shard in shards])
 
 
 class Rescue(Protocol):
@@ -144,10 +165,12 @@ class Rescue(Protocol):
         """Told of each block that came from such a place."""
 
 
-def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None = None) -> Contents:
+def read_contents(
+    storage: Storage, commit: CommitRecord, rescue: Rescue | None = None, ranks: Collection[int] | None = None
+) -> Contents:
     """Manifest and parts of a committed checkpoint, each checked against who points at it.
 
-    ``rescue`` is asked for what is damaged or missing.
+    ``rescue`` is asked for what is damaged or missing; ``ranks``: whose parts, all by default.
 
     Raises:
         IntegrityError: missing, or other bytes than were committed.
@@ -159,14 +182,15 @@ def read_contents(storage: Storage, commit: CommitRecord, rescue: Rescue | None 
     manifest = parse(data, key, ManifestRecord, limit=MANIFEST_LIMIT)
     if (manifest.id, manifest.store_id, manifest.world_size) != (commit.id, commit.store_id, commit.world_size):
         raise IntegrityError(f"{key} belongs to checkpoint {manifest.id}", id=commit.id, key=key)
-    parts: list[PartRecord | None] = [None] * len(manifest.parts)
+    asked = [part for part in manifest.parts if ranks is None or part.rank in ranks]
+    parts: dict[int, PartRecord] = {}
 
     def read(wanted: PartEntry) -> None:
         parts[wanted.rank] = read_part(storage, id, wanted, rescue)
 
     # A rescuer takes one question at a time.
-    run(iter(manifest.parts), read, threads=1 if rescue is not None else min(len(parts), _READERS))
-    return Contents(commit, manifest.digest, [part for part in parts if part is not None])
+    run(iter(asked), read, threads=1 if rescue is not None else min(len(asked), _READERS))
+    return Contents(commit, manifest.digest, [parts[part.rank] for part in asked])
 
 
 def read_part(storage: Storage, id: CheckpointId, wanted: PartEntry, rescue: Rescue | None = None) -> PartRecord:

@@ -11,10 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ckptstore.engine.borrow import Lender, check_files, is_safe
+from ckptstore.engine.borrow import FileFacts, Lender, ReportedFile, check_files, is_safe
 from ckptstore.engine.commit import condemn, read_fate
 from ckptstore.engine.committer import Told
-from ckptstore.engine.contents import Contents, read_part
+from ckptstore.engine.contents import read_sealed
 from ckptstore.engine.crew import ranks_text
 from ckptstore.engine.saver import Job, Saver
 from ckptstore.engine.share import Share, told_outcome
@@ -31,6 +31,7 @@ from ckptstore.errors import (
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import (
+    PART_LIMIT,
     CommitRecord,
     CondemnedRecord,
     FileEntry,
@@ -84,7 +85,7 @@ class JointSaver:
             failed = self._failed(id, _told(error, stage), [rank])
             self._share.report({"error": str(failed)})
             raise failed from error
-        self._share.report({"size": entry.size, "sha256": entry.sha256, "via": self._via(id, files)})
+        self._share.report(report_of(part, entry, self._via(id, files)))
         return files, entry
 
     def _via(self, id: CheckpointId, files: Sequence[FileEntry]) -> str | None:
@@ -96,35 +97,30 @@ class JointSaver:
 
     def _lead(self, id: CheckpointId, job: Job, stage: Stage) -> Lender:
         told = Told(job.facts, self._share.parameters, self._share.tensors, self._crew.size)
-        parts: list[PartRecord] = []
+        files: list[ReportedFile] = []
         vias: set[str] = set()
+        own: list[FileEntry] = []
 
         def write() -> Sealed256:
-            self._write(id, job, stage)
+            own.extend(self._write(id, job, stage)[0])
             reports = self._reports(id)
+            self._read_back(id, reports)
             vias.update(report["via"] for report in reports.values() if report["via"] is not None)
-            parts.extend(self._read_parts(id, reports))
-            files.extend(file for part in parts for file in part.files)
+            files.extend(ReportedFile(*file) for rank in sorted(reports) for file in reports[rank]["files"])
             return self._saver.committer.put_manifest(
-                id, self._store.digest, [self._entry(reports[r], r) for r in sorted(reports)]
+                id, self._store.digest, [self._entry(reports[rank], rank) for rank in sorted(reports)]
             )
-
-        files: list[FileEntry] = []
-
-        def last_look(record: CommitRecord) -> None:
-            self._check(id, Contents(record, self._store.digest, parts))
 
         record = self._saver.committer.commit(
             id,
             told,
             files,
             write,
-            last_look=last_look,
             look_at=lambda files: self._check_files(id, files),
             give_up=lambda error: self._condemn(id, error),
         )
         self._check_borrowed(id, files, vias)
-        return Lender.of(record, self._store.digest, parts[0].files)
+        return Lender.of(record, self._store.digest, own)
 
     def _reports(self, id: CheckpointId) -> dict[int, Any]:
         """What each rank has written."""
@@ -140,37 +136,32 @@ class JointSaver:
     def _entry(report: dict[str, Any], rank: int) -> PartEntry:
         return PartEntry(rank=rank, size=report["size"], sha256=report["sha256"])
 
-    def _read_parts(self, id: CheckpointId, reports: dict[int, Any]) -> list[PartRecord]:
-        """Every rank's part, as it is on storage."""
-        found: dict[int, PartRecord] = {}
+    def _read_back(self, id: CheckpointId, reports: dict[int, Any]) -> None:
+        """Nothing, if every rank's part is on storage, as it was reported, and of this save.
+
+        What is in it was agreed upon before anything was written: that the shards make up all tensors, too.
+        """
 
         def read(rank: int) -> None:
+            report = reports[rank]
+            if (report["world_size"], report["plan"]) != (self._crew.size, self._share.plan):
+                ours = f"{self._crew.size} ranks, plan {self._share.plan[:8]}"
+                theirs = f"{report['world_size']} ranks, plan {str(report['plan'])[:8]}"
+                raise self._failed(id, f"it took part in another save: {theirs}, not {ours}", [rank])
+            key = layout.part_key(id, rank)
             try:
-                part = read_part(self._storage, id, self._entry(reports[rank], rank))
+                read_sealed(self._storage, key, self._entry(report, rank), str(id), limit=PART_LIMIT)
             except (IntegrityError, FormatError) as error:
                 raise self._failed(
                     id, f"its part is not what rank 0 finds, as if they hadn't one storage in common ({error})", [rank]
                 ) from error
-            if (part.world_size, part.plan) != (self._crew.size, self._share.plan):
-                ours = f"{self._crew.size} ranks, plan {self._share.plan[:8]}"
-                theirs = f"{part.world_size} ranks, plan {str(part.plan)[:8]}"
-                raise self._failed(id, f"it took part in another save: {theirs}, not {ours}", [rank])
-            found[rank] = part
 
         run(iter(range(self._crew.size)), read, threads=_REQUESTS)
-        return [found[rank] for rank in range(self._crew.size)]
 
-    def _check(self, id: CheckpointId, contents: Contents) -> None:
-        """Nothing, if the parts make up one state."""
-        try:
-            _ = contents.tensors
-        except FormatError as error:
-            raise SaveFailedError(f"{id} was not saved: {error}", id=str(id), step=id.step) from error
-
-    def _check_files(self, id: CheckpointId, files: Sequence[FileEntry]) -> None:
+    def _check_files(self, id: CheckpointId, files: Sequence[FileFacts]) -> None:
         run(iter(files), lambda file: check_files(self._storage, id, [file]), threads=_REQUESTS)
 
-    def _check_borrowed(self, id: CheckpointId, files: Sequence[FileEntry], vias: set[str]) -> None:
+    def _check_borrowed(self, id: CheckpointId, files: Sequence[ReportedFile], vias: set[str]) -> None:
         """Nothing, if what was borrowed will stay; asked after the commit."""
         borrowed = [file for file in files if file.owner != str(id)]
         for via in map(parse_id, vias):
@@ -221,6 +212,21 @@ class JointSaver:
             id=str(id),
             step=id.step,
         )
+
+
+def report_of(part: PartRecord, entry: PartEntry, via: str | None) -> dict[str, Any]:
+    """What rank 0 must know of a part; with its digest that spares it to take apart all parts of all ranks.
+
+    ``via``: the checkpoint by way of which something is borrowed.
+    """
+    return {
+        "size": entry.size,
+        "sha256": entry.sha256,
+        "world_size": part.world_size,
+        "plan": part.plan,
+        "files": [[file.name, file.owner, file.stored_bytes, file.raw_bytes] for file in part.files],
+        "via": via,
+    }
 
 
 def _told(error: BaseException, stage: Stage) -> str:

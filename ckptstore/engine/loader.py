@@ -13,12 +13,17 @@ from ckptstore.engine.compare import Suspect, mark_differing
 from ckptstore.engine.contents import Contents, Rescue, read_contents
 from ckptstore.engine.reader import read_tensors
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, NotFoundError, StateError
+from ckptstore.errors import CheckpointError, FormatError, NotFoundError, StateError
+from ckptstore.format.regions import Region
 from ckptstore.storage.base import Storage
 
 if TYPE_CHECKING:
     from ckptstore.state.restore import Draft, Restoration
     from ckptstore.state.tensors import TensorSpec
+
+
+_FEW_RANKS = 2
+"""Of so few the parts are read at once."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,37 @@ class Loader:
     ) -> LoadDraft:
         """What there is to do to restore ``target`` in place; nothing in it changes yet."""
         with collector_paused():
+            near = self._near(checkpoint, target, only, strict)
+            if near is not None:
+                return near
             contents = read_contents(self.storage, checkpoint.record, self.rescue)
             return LoadDraft(self, checkpoint, contents, self._fit(contents, target, only, strict))
+
+    def _near(
+        self, checkpoint: Checkpoint, target: object, only: Sequence[str] | None, strict: bool | Literal["parts"]
+    ) -> LoadDraft | None:
+        """What is to be done where this rank's own part and the first one have all of it; None where they haven't.
+
+        Or there would be as many readings of parts as the square of the number of ranks.
+        """
+        from ckptstore.state.restore import Draft
+
+        if self.size <= _FEW_RANKS or checkpoint.record.world_size != self.size:
+            return None
+        contents = read_contents(self.storage, checkpoint.record, self.rescue, {0, self.rank})
+        try:
+            fit = Draft(contents.trees[self.rank], _specs(contents), target, only=only, strict=strict)
+        except (StateError, FormatError):
+            # With all parts it may fit, or the error is the right one.
+            return None
+        regions = {
+            name: Region.whole(tuple(to.spec.shape)) if to.region is None else Region(*to.region)
+            for name, to in fit.wanted.items()
+        }
+        fits = not (fit.report.missing or fit.report.unexpected or fit.report.mismatched)
+        if not fits or not all(contents.covers(name, region) for name, region in regions.items()):
+            return None
+        return LoadDraft(self, checkpoint, contents, fit)
 
     def _fit(
         self, contents: Contents, target: object, only: Sequence[str] | None, strict: bool | Literal["parts"]
@@ -166,7 +200,7 @@ def _union(contents: Contents, rank: int) -> Any:
     """The tree of ``rank``, with what only other ranks have; of rank 0 where that wasn't there."""
     from ckptstore.state.merge import merged
 
-    trees = contents.trees
+    trees = list(contents.trees.values())
     return trees[0] if len(trees) == 1 else merged(trees, rank if rank < len(trees) else 0)
 
 

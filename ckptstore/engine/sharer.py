@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ckptstore.engine.sharing import Plan, Table, share
+from ckptstore.engine.sharing import Plan, Samples, Table, rank_classes, share
 
 SAMPLE_CHARACTERS = 16
 """Of one sample's digest, as it travels: 64 bits in hex."""
-
-Samples = npt.NDArray[np.uint64]
 
 
 class Sharer:
@@ -44,13 +41,13 @@ class Sharer:
         if fresh:
             self._signature = None
             self._tables |= fresh
-            self._classes = _classes([self._tables[rank] for rank in range(len(tables))])
+            self._classes = rank_classes([self._tables[rank] for rank in range(len(tables))])
         numbers = [_numbers(each) for each in samples]
         signature = self._sign(numbers)
         self.changed = signature != self._signature
         if self.changed or self._plan is None:
             each = [self._tables[rank] for rank in range(len(tables))]
-            self._plan = share(each, [number.tolist() for number in numbers])
+            self._plan = share(each, numbers)
             self._signature = signature
         return self._plan
 
@@ -70,14 +67,6 @@ class Sharer:
                     common.setdefault(name, []).append(number)
         found += [_grouping(numbers) for numbers in common.values() if len(numbers) > 1]
         return b"/".join(found)
-
-
-def _classes(tables: Sequence[Table]) -> list[list[int]]:
-    """Ranks whose tensors have the same names, in the same order."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    for rank, table in enumerate(tables):
-        found.setdefault(tuple(table["names"]), []).append(rank)
-    return list(found.values())
 
 
 def _numbers(samples: str) -> Samples:

@@ -2,14 +2,19 @@
 
 A tensor that several ranks have is written by one of them, large ones in pieces by several. A shard is written by a
 rank that has it. What differs from rank to rank under one name is stored once for each kind of it.
+
+Models repeat few patterns many times: what stands under a thousand names in the same way is looked at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 from ckptstore.engine.crew import RanksError, ranks_text
 from ckptstore.engine.plan import Source
@@ -21,21 +26,29 @@ SHARE_BYTES = BLOCK_BYTES
 _PIECES = 8
 """Into how many pieces of a rank's fair share large tensors are cut: so the shares differ by an eighth at most."""
 
+Samples = npt.NDArray[np.uint64]
+
+
+class Layout(TypedDict):
+    """What a rank has under a name; plain values, as they travel."""
+
+    kind: list[Any]
+    """Stored type, logical type, shape of the whole tensor."""
+    region: list[list[int]] | None
+    """Offset and shape of the shard; None for what is no shard."""
+    nbytes: int
+    cuttable: bool
+    """Rows of it can be taken apart."""
+    parameter: int
+    """Elements of the whole, where it is a parameter of a module; 0 for all else."""
+
 
 class Table(TypedDict):
-    """The tensors of one rank by column; plain values, as they travel."""
+    """The tensors of one rank: names of the whole tensors, and of each the number of its layout."""
 
     names: list[str]
-    """Of the whole tensors."""
-    kinds: list[list[Any]]
-    """Stored type, logical type, shape of the whole."""
-    regions: list[list[list[int]] | None]
-    """Offset and shape of the shard; None for what is no shard."""
-    nbytes: list[int]
-    cuttable: list[bool]
-    """Rows of it can be taken apart."""
-    parameters: list[int]
-    """Elements, where it is a parameter of a module or of its shard; 0 for all else."""
+    codes: list[int]
+    layouts: list[Layout]
 
 
 class Task(TypedDict):
@@ -59,44 +72,25 @@ class Plan(NamedTuple):
 
 def table_of(sources: Sequence[Source], parameters: Mapping[str, int]) -> Table:
     """The table of a rank's sources; ``parameters``: elements of parameters by name."""
-    return {
-        "names": [source.whole.name for source in sources],
-        "kinds": [[s.whole.dtype, s.whole.logical, list(s.whole.shape)] for s in sources],
-        "regions": [None if s.region is None else [list(s.region[0]), list(s.region[1])] for s in sources],
-        "nbytes": [source.nbytes for source in sources],
-        "cuttable": [source.cuttable for source in sources],
-        "parameters": [parameters.get(source.whole.name, 0) for source in sources],
-    }
+    layouts: dict[str, Layout] = {}
+    numbers: dict[str, int] = {}
+    codes = []
+    for source in sources:
+        whole, region = source.whole, source.region
+        layout: Layout = {
+            "kind": [whole.dtype, whole.logical, list(whole.shape)],
+            "region": None if region is None else [list(region[0]), list(region[1])],
+            "nbytes": source.nbytes,
+            "cuttable": source.cuttable,
+            "parameter": parameters.get(whole.name, 0),
+        }
+        key = repr(layout)
+        layouts.setdefault(key, layout)
+        codes.append(numbers.setdefault(key, len(numbers)))
+    return {"names": [source.whole.name for source in sources], "codes": codes, "layouts": list(layouts.values())}
 
 
-class _Copy(NamedTuple):
-    """A tensor as one rank has it."""
-
-    rank: int
-    number: int
-    region: Region | None
-    sample: Hashable
-
-
-@dataclass
-class _Unit:
-    """What is to be written once, and who has it."""
-
-    copies: list[_Copy]
-    nbytes: int
-    rows: int = 0
-    """Into which it can be cut; 0 where it can't."""
-
-
-@dataclass
-class _Tensor:
-    """A name, and all that stands under it."""
-
-    kind: tuple[Any, ...]
-    copies: list[_Copy] = field(default_factory=list)
-
-
-def share(tables: Sequence[Table], samples: Sequence[Sequence[Hashable]]) -> Plan:
+def share(tables: Sequence[Table], samples: Sequence[Samples]) -> Plan:
     """Who writes what.
 
     Args:
@@ -106,155 +100,223 @@ def share(tables: Sequence[Table], samples: Sequence[Sequence[Hashable]]) -> Pla
     Raises:
         RanksError: shards of a tensor are missing, overlap, or don't belong together; says of which.
     """
-    size = len(tables)
-    tasks: list[Task] = [{"skip": [], "rename": {}, "cut": {}} for _ in range(size)]
-    names = {name for table in tables for name in table["names"]}
-    units: list[_Unit] = []
-    count = 0
-    for name, copies in _by_name(tables, samples).items():
-        kinds = _kinds(tables, name, copies)
-        count += len(kinds)
-        for index, group in enumerate(kinds):
+    return _Sharing(tables, samples).plan()
+
+
+@dataclass
+class _Unit:
+    """What is to be written once, and who has it: rank → number in its table."""
+
+    holders: dict[int, int]
+    nbytes: int
+    rows: int = 0
+    """Into which it can be cut; 0 where it can't."""
+
+
+@dataclass
+class _Sharing:
+    """One plan in the making."""
+
+    tables: Sequence[Table]
+    samples: Sequence[Samples]
+    count: int = 0
+    parameters: int = 0
+    units: list[_Unit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = len(self.tables)
+        self.tasks: list[Task] = [{"skip": [], "rename": {}, "cut": {}} for _ in range(size)]
+        self.loads = [0] * size
+        self.names = {name for table in self.tables for name in table["names"]}
+
+    def plan(self) -> Plan:
+        """Look at each pattern, then at who has how much to write."""
+        for holders in self._patterns():
+            self._pattern(holders)
+        self._assign()
+        return Plan(self.tasks, self.count, self.parameters)
+
+    # -- what stands under a name ------------------------------------------------------------------------
+
+    def _patterns(self) -> Iterator[list[dict[int, int]]]:
+        """The holders of each name, rank → number; together those that stand in the same way on the same ranks."""
+        classes = rank_classes(self.tables)
+        apart = _shared_names(self.tables, classes)
+        for ranks in classes:
+            names = self.tables[ranks[0]]["names"]
+            if not names:
+                continue
+            codes = np.array([self.tables[rank]["codes"] for rank in ranks], np.uint32)
+            _, groups = np.unique(codes, axis=1, return_inverse=True)
+            columns: dict[int, list[dict[int, int]]] = {}
+            for column, group in enumerate(groups.reshape(-1).tolist()):
+                if names[column] not in apart:
+                    columns.setdefault(group, []).append(dict.fromkeys(ranks, column))
+            yield from columns.values()
+        yield from ([holders] for holders in apart.values())
+
+    def _pattern(self, members: Sequence[dict[int, int]]) -> None:
+        first = members[0]
+        layouts = {rank: self._layout(rank, number) for rank, number in first.items()}
+        self.parameters += len(members) * max(layout["parameter"] for layout in layouts.values())
+        if all(layout["region"] is None for layout in layouts.values()):
+            for holders in members:
+                self._whole(holders, layouts)
+            return
+        self._check_shards(first, layouts)
+        self.count += len(members)
+        regions = _by_region(layouts)
+        for ranks in regions.values():
+            if len(ranks) == 1:
+                self.loads[ranks[0]] += len(members) * layouts[ranks[0]]["nbytes"]
+            else:
+                nbytes = layouts[ranks[0]]["nbytes"]
+                self.units += [_Unit({rank: holders[rank] for rank in ranks}, nbytes) for holders in members]
+
+    def _whole(self, holders: dict[int, int], layouts: Mapping[int, Layout]) -> None:
+        """A name under which whole tensors stand: the same one, or several."""
+        kinds: dict[tuple[str, int], dict[int, int]] = {}
+        texts: dict[int, str] = {}
+        for rank, number in holders.items():
+            kind = layouts[rank]["kind"]
+            text = texts.get(id(kind)) or texts.setdefault(id(kind), repr(kind))
+            kinds.setdefault((text, int(self.samples[rank][number])), {})[rank] = number
+        self.count += len(kinds)
+        for index, same in enumerate(kinds.values()):
+            first = next(iter(same))
             if index:
-                taken = _free(f"{name}~rank{group[0].rank}", names)
-                for copy in group:
-                    tasks[copy.rank]["rename"][str(copy.number)] = taken
-            units += _units(tables, group)
-    _assign(units, tasks, size)
-    return Plan(tasks, count, _parameters(tables))
+                taken = self._free(f"{self.tables[first]['names'][same[first]]}~rank{first}")
+                for rank, number in same.items():
+                    self.tasks[rank]["rename"][str(number)] = taken
+            layout = layouts[first]
+            if len(same) == 1:
+                self.loads[first] += layout["nbytes"]
+                continue
+            shape = layout["kind"][2]
+            may_be_cut = shape and all(layouts[rank]["cuttable"] for rank in same)
+            self.units.append(_Unit(same, layout["nbytes"], shape[0] if may_be_cut else 0))
+
+    def _layout(self, rank: int, number: int) -> Layout:
+        table = self.tables[rank]
+        return table["layouts"][table["codes"][number]]
+
+    def _free(self, name: str) -> str:
+        while name in self.names:
+            name += "~"
+        self.names.add(name)
+        return name
+
+    def _check_shards(self, holders: Mapping[int, int], layouts: Mapping[int, Layout]) -> None:
+        """Nothing, if what the ranks have makes up one tensor (RanksError)."""
+        lowest = min(holders)
+        name, kind = self.tables[lowest]["names"][holders[lowest]], layouts[lowest]["kind"]
+        for rank, layout in layouts.items():
+            if layout["kind"] != kind or (layout["region"] is None) != (layouts[lowest]["region"] is None):
+                raise RanksError(
+                    f"{name!r} is {_what(layout)} on rank {rank}, and {_what(layouts[lowest])} on rank {lowest}: it "
+                    "must be spread in one way over all ranks",
+                    [rank],
+                )
+        regions = _by_region(layouts)
+        if not tiles(tuple(kind[2]), list(regions)):
+            stray = _stray(regions, set(range(len(self.tables))) - holders.keys())
+            whose = f", that of {ranks_text(stray)}, it seems" if stray else ""
+            raise RanksError(
+                f"the shards of {name!r} don't make up all of {kind[2]}: one is missing or overlaps another{whose}",
+                stray,
+            )
+
+    # -- who writes it -----------------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        """Give each unit, or pieces of it, to whoever has least to write so far."""
+        size, loads = len(self.tables), self.loads
+        shared = sorted(self.units, key=lambda u: (-u.nbytes, next(iter(u.holders.values()))))
+        total = sum(unit.nbytes for unit in shared)
+        writers = min(size, max(1, total // SHARE_BYTES))
+        piece = max(SHARE_BYTES, total // (writers * _PIECES))
+        # Who has least to write anyway.
+        chosen = set(sorted(range(size), key=lambda rank: (loads[rank], rank))[:writers])
+        for unit in shared:
+            able = [rank for rank in unit.holders if rank in chosen] or list(unit.holders)
+            pieces = min(unit.rows, -(-unit.nbytes // piece)) if unit.rows > 1 and len(able) > 1 else 1
+            if pieces > 1:
+                few = sorted(able, key=lambda rank: (loads[rank], rank))[:writers]
+                self._cut(unit, few, pieces)
+                continue
+            writer = min(able, key=lambda rank: (loads[rank], rank))
+            loads[writer] += unit.nbytes
+            for rank, number in unit.holders.items():
+                if rank != writer:
+                    self.tasks[rank]["skip"].append(number)
+
+    def _cut(self, unit: _Unit, writers: Sequence[int], pieces: int) -> None:
+        """Spread the rows of one tensor over ``writers``."""
+        row_bytes = unit.nbytes // unit.rows
+        counts = dict.fromkeys(writers, 0)
+        edges = [number * unit.rows // pieces for number in range(pieces + 1)]
+        for begin, end in pairwise(edges):
+            rank = min(counts, key=lambda r: (self.loads[r], r))
+            counts[rank] += end - begin
+            self.loads[rank] += (end - begin) * row_bytes
+        at = 0
+        for rank, number in unit.holders.items():
+            rows = counts.get(rank, 0)
+            if not rows:
+                self.tasks[rank]["skip"].append(number)
+            elif rows < unit.rows:
+                self.tasks[rank]["cut"][str(number)] = [at, rows]
+            at += rows
 
 
-def _by_name(tables: Sequence[Table], samples: Sequence[Sequence[Hashable]]) -> dict[str, list[_Copy]]:
-    found: dict[str, list[_Copy]] = {}
-    for rank, (table, each) in enumerate(zip(tables, samples, strict=True)):
-        for number, (name, region, sample) in enumerate(zip(table["names"], table["regions"], each, strict=True)):
-            box = None if region is None else Region(tuple(region[0]), tuple(region[1]))
-            found.setdefault(name, []).append(_Copy(rank, number, box, sample))
+def rank_classes(tables: Sequence[Table]) -> list[list[int]]:
+    """Ranks whose tensors have the same names, in the same order."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for rank, table in enumerate(tables):
+        found.setdefault(tuple(table["names"]), []).append(rank)
+    return list(found.values())
+
+
+def _shared_names(tables: Sequence[Table], classes: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
+    """The holders of those names that ranks of several classes have."""
+    times: dict[str, int] = {}
+    for ranks in classes:
+        for name in tables[ranks[0]]["names"]:
+            times[name] = times.get(name, 0) + 1
+    found: dict[str, dict[int, int]] = {name: {} for name, count in times.items() if count > 1}
+    for rank, table in enumerate(tables) if found else ():
+        for number, name in enumerate(table["names"]):
+            if name in found:
+                found[name][rank] = number
     return found
 
 
-def _kinds(tables: Sequence[Table], name: str, copies: list[_Copy]) -> list[list[_Copy]]:
-    """The copies of a name, sorted into what is one tensor."""
-    if any(copy.region is not None for copy in copies):
-        _check_shards(tables, name, copies)
-        return [copies]
-    kinds: dict[tuple[str, Hashable], list[_Copy]] = {}
-    for copy in copies:
-        kinds.setdefault((repr(tables[copy.rank]["kinds"][copy.number]), copy.sample), []).append(copy)
-    return list(kinds.values())
+def _by_region(layouts: Mapping[int, Layout]) -> dict[Region, list[int]]:
+    found: dict[Region, list[int]] = {}
+    for rank, layout in layouts.items():
+        box = layout["region"]
+        region = Region.whole(tuple(layout["kind"][2])) if box is None else Region(tuple(box[0]), tuple(box[1]))
+        found.setdefault(region, []).append(rank)
+    return found
 
 
-def _check_shards(tables: Sequence[Table], name: str, copies: list[_Copy]) -> None:
-    first = tables[copies[0].rank]["kinds"][copies[0].number]
-    for copy in copies:
-        kind = tables[copy.rank]["kinds"][copy.number]
-        if kind != first or copy.region is None:
-            what = "whole" if copy.region is None else f"a shard of {kind[2]}, {kind[1] or kind[0]}"
-            raise RanksError(
-                f"{name!r} is {what} on rank {copy.rank}, and a shard of {first[2]}, {first[1] or first[0]}, on rank "
-                f"{copies[0].rank}: it must be spread in one way over all ranks",
-                [copy.rank],
-            )
-    regions = {copy.region for copy in copies if copy.region is not None}
-    if not tiles(tuple(first[2]), list(regions)):
-        stray = sorted(_stray(copies, len(tables)))
-        whose = f", that of {ranks_text(stray)}, it seems" if stray else ""
-        raise RanksError(
-            f"the shards of {name!r} don't make up all of {first[2]}: one is missing or overlaps another{whose}", stray
-        )
+def _what(layout: Layout) -> str:
+    dtype, logical, shape = layout["kind"]
+    return f"{'whole' if layout['region'] is None else 'a shard'} of {shape}, {logical or dtype}"
 
 
-def _stray(copies: Sequence[_Copy], size: int) -> Iterable[int]:
-    """The ranks that have none of it, or one that overlaps an earlier one's."""
-    missing = set(range(size)) - {copy.rank for copy in copies}
+def _stray(regions: Mapping[Region, Sequence[int]], missing: set[int]) -> list[int]:
+    """The ranks whose shard overlaps an earlier one's, or else those that have none."""
     seen: list[Region] = []
-    stray = set()
-    for copy in copies:
-        region = copy.region
-        if region is None or region in seen:
-            continue
+    stray: set[int] = set()
+    for region, ranks in regions.items():
         if any(_overlap(region, other) for other in seen):
-            stray.add(copy.rank)
+            stray |= set(ranks)
         seen.append(region)
-    return stray or missing
+    return sorted(stray or missing)
 
 
 def _overlap(one: Region, other: Region) -> bool:
     return all(
         a < b + m and b < a + n for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
     )
-
-
-def _free(name: str, names: set[str]) -> str:
-    while name in names:
-        name += "~"
-    names.add(name)
-    return name
-
-
-def _units(tables: Sequence[Table], copies: list[_Copy]) -> list[_Unit]:
-    """What is to be written of one tensor: each of its shards, or all of it."""
-    regions: dict[Region | None, list[_Copy]] = {}
-    for copy in copies:
-        regions.setdefault(copy.region, []).append(copy)
-    found = []
-    for region, holders in regions.items():
-        first = holders[0]
-        table = tables[first.rank]
-        shape = table["kinds"][first.number][2]
-        may_be_cut = region is None and shape and all(tables[c.rank]["cuttable"][c.number] for c in holders)
-        found.append(_Unit(holders, table["nbytes"][first.number], shape[0] if may_be_cut else 0))
-    return found
-
-
-def _assign(units: list[_Unit], tasks: list[Task], size: int) -> None:
-    """Give each unit, or pieces of it, to whoever has least to write so far."""
-    loads = [0] * size
-    for unit in units:
-        if len(unit.copies) == 1:
-            loads[unit.copies[0].rank] += unit.nbytes
-    shared = sorted((u for u in units if len(u.copies) > 1), key=lambda u: (-u.nbytes, u.copies[0].number))
-    total = sum(unit.nbytes for unit in shared)
-    writers = min(size, max(1, total // SHARE_BYTES))
-    piece = max(SHARE_BYTES, total // (writers * _PIECES))
-    # Who has least to write anyway.
-    chosen = set(sorted(range(size), key=lambda rank: (loads[rank], rank))[:writers])
-    for unit in shared:
-        able = [copy for copy in unit.copies if copy.rank in chosen] or unit.copies
-        few = sorted(able, key=lambda copy: (loads[copy.rank], copy.rank))[:writers]
-        pieces = min(unit.rows, -(-unit.nbytes // piece)) if unit.rows > 1 and len(few) > 1 else 1
-        if pieces > 1:
-            _cut(unit, few, pieces, loads, tasks)
-            continue
-        loads[few[0].rank] += unit.nbytes
-        for copy in unit.copies:
-            if copy is not few[0]:
-                tasks[copy.rank]["skip"].append(copy.number)
-
-
-def _cut(unit: _Unit, writers: list[_Copy], pieces: int, loads: list[int], tasks: list[Task]) -> None:
-    """Spread the rows of one tensor over ``writers``."""
-    row_bytes = unit.nbytes // unit.rows
-    counts = dict.fromkeys((copy.rank for copy in writers), 0)
-    edges = [number * unit.rows // pieces for number in range(pieces + 1)]
-    for begin, end in pairwise(edges):
-        rank = min(counts, key=lambda r: (loads[r], r))
-        counts[rank] += end - begin
-        loads[rank] += (end - begin) * row_bytes
-    at = 0
-    for copy in unit.copies:
-        rows = counts.get(copy.rank, 0)
-        if rows == unit.rows:
-            pass
-        elif rows:
-            tasks[copy.rank]["cut"][str(copy.number)] = [at, rows]
-        else:
-            tasks[copy.rank]["skip"].append(copy.number)
-        at += rows
-
-
-def _parameters(tables: Sequence[Table]) -> int:
-    found: dict[str, int] = {}
-    for table in tables:
-        found |= {name: count for name, count in zip(table["names"], table["parameters"], strict=True) if count}
-    return sum(found.values())

@@ -291,6 +291,11 @@ class FileEntry(Record):
         """Where the bytes lie, in its owner's folder."""
         return file_key(parse_id(self.owner), self.name)
 
+    @property
+    def raw_bytes(self) -> int:
+        """Before they were encoded."""
+        return sum(block.raw for block in self.blocks)
+
     def layout(self) -> TensorFile:
         """The byte stream that the tensors make up.
 

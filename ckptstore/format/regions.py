@@ -32,6 +32,18 @@ class Region(NamedTuple):
             return False
         return all(begin + count <= size for begin, count, size in zip(self.offset, self.shape, shape, strict=True))
 
+    def within(self, other: Region) -> Region | None:
+        """What it shares with ``other``, from where that begins; None where that is nothing."""
+        low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        high = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )  # fmt: skip
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return None
+        offset = tuple(a - b for a, b in zip(low, other.offset, strict=True))
+        return Region(offset, tuple(b - a for a, b in zip(low, high, strict=True)))
+
 
 class Run(NamedTuple):
     """Bytes that lie in one piece in two regions."""

@@ -201,7 +201,7 @@ def _find(store: Store, selector: str) -> _Found:
     checkpoint = store.resolve(selector)
     with store.loading(checkpoint, None) as loader:
         contents = read_contents(loader.storage, checkpoint.record, loader.rescue)
-    trees = contents.trees
+    trees = list(contents.trees.values())
     nodes, planner_data = entries(merged(trees, 0) if len(trees) > 1 else trees[0])
     pieces = _pieces(contents)
     metadata: dict[str, Any] = {}

@@ -128,6 +128,11 @@ class Draft:
         self._pairing, self._into, self._strict = pairing, into, bool(strict)
         self.report, self.union = pairing.report, union
 
+    @property
+    def wanted(self) -> dict[str, Destination]:
+        """Where the bytes of the tensors will go that have to be read."""
+        return self._pairing.decoder.wanted
+
     def close(self) -> Restoration:
         """Judge it.
 

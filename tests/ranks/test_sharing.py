@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptstore.engine.crew import RanksError
-from ckptstore.engine.sharing import SHARE_BYTES, Plan, Table, share
+from ckptstore.engine.sharing import SHARE_BYTES, Layout, Plan, Table, share
 from ckptstore.format.regions import Region, tiles
 
 MB = 1 << 20
@@ -17,19 +19,31 @@ MB = 1 << 20
 
 def table(*rows: tuple[Any, ...]) -> Table:
     """Rows of name, shape (of bytes), and a shard's offset and shape."""
-    found: Table = {"names": [], "kinds": [], "regions": [], "nbytes": [], "cuttable": [], "parameters": []}
-    for name, shape, *region in rows:
+    layouts: list[Layout] = []
+    codes = []
+    for _, shape, *region in rows:
         extent = region[1] if region else shape
-        count = 1
-        for n in extent:
-            count *= n
-        found["names"].append(name)
-        found["kinds"].append(["U8", None, list(shape)])
-        found["regions"].append([list(region[0]), list(region[1])] if region else None)
-        found["nbytes"].append(count)
-        found["cuttable"].append(not region and bool(shape))
-        found["parameters"].append(count)
-    return found
+        layout: Layout = {
+            "kind": ["U8", None, list(shape)],
+            "region": [list(region[0]), list(region[1])] if region else None,
+            "nbytes": prod(extent),
+            "cuttable": not region and bool(shape),
+            "parameter": prod(shape),
+        }
+        if layout not in layouts:
+            layouts.append(layout)
+        codes.append(layouts.index(layout))
+    return {"names": [row[0] for row in rows], "codes": codes, "layouts": layouts}
+
+
+def layout(each: Table, number: int) -> Layout:
+    return each["layouts"][each["codes"][number]]
+
+
+def planned(tables: list[Table], samples: list[list[str]]) -> Plan:
+    """As ``share``, with samples that are texts."""
+    numbers = {text: number for number, text in enumerate({text for each in samples for text in each})}
+    return share(tables, [np.array([numbers[text] for text in each], np.uint64) for each in samples])
 
 
 def written(plan: Plan, tables: list[Table]) -> dict[str, list[tuple[int, Region]]]:
@@ -37,8 +51,8 @@ def written(plan: Plan, tables: list[Table]) -> dict[str, list[tuple[int, Region
     found: dict[str, list[tuple[int, Region]]] = {}
     for rank, (task, each) in enumerate(zip(plan.tasks, tables, strict=True)):
         for number, name in enumerate(each["names"]):
-            key, shape = str(number), tuple(each["kinds"][number][2])
-            region = each["regions"][number]
+            key, shape = str(number), tuple(layout(each, number)["kind"][2])
+            region = layout(each, number)["region"]
             box = Region.whole(shape) if region is None else Region(tuple(region[0]), tuple(region[1]))
             if number in task["skip"]:
                 assert key not in task["cut"]
@@ -54,10 +68,7 @@ def loads(plan: Plan, tables: list[Table]) -> list[int]:
     total = [0] * len(tables)
     for boxes in written(plan, tables).values():
         for rank, box in boxes:
-            count = 1
-            for n in box.shape:
-                count *= n
-            total[rank] += count
+            total[rank] += prod(box.shape)
     return total
 
 
@@ -91,9 +102,9 @@ def test_each_tensor_is_written_once_and_as_a_whole(job: tuple[list[Table], list
     tables, samples = job
     if not tables_are_whole(tables):
         with pytest.raises(RanksError, match="don't make up all of"):
-            share(tables, samples)
+            planned(tables, samples)
         return
-    plan = share(tables, samples)
+    plan = planned(tables, samples)
     found = written(plan, tables)
     for name, boxes in found.items():
         shape = shape_of(tables, name)
@@ -108,7 +119,8 @@ def test_each_tensor_is_written_once_and_as_a_whole(job: tuple[list[Table], list
 def tables_are_whole(tables: list[Table]) -> bool:
     shards: dict[str, set[Region]] = {}
     for each in tables:
-        for name, region in zip(each["names"], each["regions"], strict=True):
+        for number, name in enumerate(each["names"]):
+            region = layout(each, number)["region"]
             if region is not None:
                 shards.setdefault(name, set()).add(Region(tuple(region[0]), tuple(region[1])))
     return all(tiles(shape_of(tables, name), list(boxes)) for name, boxes in shards.items())
@@ -116,14 +128,14 @@ def tables_are_whole(tables: list[Table]) -> bool:
 
 def shape_of(tables: list[Table], name: str) -> tuple[int, ...]:
     base = name.partition("~")[0]
-    return next(tuple(t["kinds"][t["names"].index(base)][2]) for t in tables if base in t["names"])
+    return next(tuple(layout(t, t["names"].index(base))["kind"][2]) for t in tables if base in t["names"])
 
 
 def test_replicas_are_spread_evenly_by_bytes() -> None:
     """As many layers as a language model has, one of them a quarter of all: within an eighth of the fair share."""
     rows = [("embedding", (50_000, 2000)), *((f"layer{n}", (3000, 2000)) for n in range(48)), ("bias", (10,))]
     tables = [table(*rows)] * 4
-    plan = share(tables, [["x"] * len(rows)] * 4)
+    plan = planned(tables, [["x"] * len(rows)] * 4)
     each = loads(plan, tables)
     fair = sum(each) / 4
     assert max(each) <= 1.13 * fair
@@ -133,7 +145,7 @@ def test_replicas_are_spread_evenly_by_bytes() -> None:
 def test_little_is_written_by_one() -> None:
     """Sixteen files of a kilobyte would make no save faster."""
     tables = [table(("a", (1000,)), ("b", (1000,)))] * 16
-    assert loads(share(tables, [["x", "x"]] * 16), tables) == [2000, *[0] * 15]
+    assert loads(planned(tables, [["x", "x"]] * 16), tables) == [2000, *[0] * 15]
 
 
 def test_who_has_more_of_its_own_gets_fewer_replicas() -> None:
@@ -141,13 +153,13 @@ def test_who_has_more_of_its_own_gets_fewer_replicas() -> None:
         table(("mine", (4 * SHARE_BYTES,)), ("both", (4 * SHARE_BYTES,))),
         table(("both", (4 * SHARE_BYTES,))),
     ]
-    assert loads(share(tables, [["m", "x"], ["x"]]), tables) == [4 * SHARE_BYTES] * 2
+    assert loads(planned(tables, [["m", "x"], ["x"]]), tables) == [4 * SHARE_BYTES] * 2
 
 
 def test_a_name_with_several_contents_is_stored_for_each_of_them() -> None:
     """Pipeline stages whose layers have the same names, two replicas of each."""
     tables = [table(("0.weight", (8,)), ("0.weight~rank2", (1,)))] * 4
-    plan = share(tables, [["a", "x"], ["a", "x"], ["b", "x"], ["b", "x"]])
+    plan = planned(tables, [["a", "x"], ["a", "x"], ["b", "x"], ["b", "x"]])
     assert [task["rename"] for task in plan.tasks] == [{}, {}, {"0": "0.weight~rank2~"}, {"0": "0.weight~rank2~"}]
     assert plan.tensors == 3
 
@@ -159,16 +171,16 @@ def test_a_name_with_several_contents_is_stored_for_each_of_them() -> None:
         ([[("w", (4,), (0,), (2,))], [("w", (4,), (3,), (1,))]], [], "missing or overlaps"),
         ([[("w", (4,), (0,), (4,))], [("v", (4,))]], None, None),
         ([[("w", (4,), (0,), (2,))], []], [1], "missing or overlaps"),
-        ([[("w", (4,), (0,), (2,))], [("w", (4,))]], [1], "is whole on rank 1"),
-        ([[("w", (4,), (0,), (2,))], [("w", (6,), (2,), (2,))]], [1], r"a shard of \[6\]"),
+        ([[("w", (4,), (0,), (2,))], [("w", (4,))]], [1], r"is whole of \[4\], U8 on rank 1, and a shard of"),
+        ([[("w", (4,), (0,), (2,))], [("w", (6,), (2,), (2,))]], [1], r"a shard of \[6\], U8 on rank 1"),
     ],
 )
 def test_shards_that_make_up_no_tensor(rows: Any, ranks: list[int] | None, words: str | None) -> None:
     tables = [table(*each) for each in rows]
     samples = [["x"] * len(each) for each in rows]
     if words is None:
-        share(tables, samples)
+        planned(tables, samples)
         return
     with pytest.raises(RanksError, match=words) as caught:
-        share(tables, samples)
+        planned(tables, samples)
     assert caught.value.ranks == ranks
