@@ -24,7 +24,9 @@ from benchmarks import (
     listing,
     memory,
     policies,
+    ranks,
     results,
+    scale,
     tensors,
     trainer,
     training,
@@ -33,7 +35,7 @@ from benchmarks import (
 from benchmarks.table import markdown, write_readme
 from ckptstore.tools.throughput import scratch
 
-FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5, "trainer": 5}
+FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5, "trainer": 5, "scale": 1}
 """At most: these take minutes a round, or repeat themselves closely."""
 
 Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
@@ -87,6 +89,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "frozen": alone(frozen.measure, tell=_tell),
     "verify": alone(verify.measure, tell=_tell),
     "growth": growing,
+    "ranks": alone(ranks.measure, tell=_tell),
+    "scale": alone(scale.measure, tell=_tell),
     "codec": lambda folder, rounds, asked: codec.measure(rounds, tell=_tell),
     "s3": in_buckets,
 }

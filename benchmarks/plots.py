@@ -25,7 +25,7 @@ LABELS = {
 
 
 def draw(results: dict[str, Any], folder: Path = HERE) -> list[Path]:
-    """Draw what ``results`` has: ``growth.svg`` and ``training.svg``.
+    """Draw what ``results`` has: ``growth.svg``, ``training.svg`` and ``scale.svg``.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -34,7 +34,7 @@ def draw(results: dict[str, Any], folder: Path = HERE) -> list[Path]:
 
     # The same figures give the same file; text stays text.
     mpl.rcParams |= {"svg.hashsalt": "ckptstore", "svg.fonttype": "none"}
-    drawings = {"growth": _growth, "training": _training}
+    drawings = {"growth": _growth, "training": _training, "scale": _scale}
     return [drawings[name](results[name], folder / f"{name}.svg") for name in drawings if name in results]
 
 
@@ -61,6 +61,29 @@ def _lines(axes: Axes, points: list[dict[str, Any]], key: str, unit: float, labe
     axes.plot(xs, [top * x / xs[-1] for x in xs], "--", color="grey", label="in proportion")
     axes.set(xscale="log", yscale="log", xlabel=label)
     axes.grid(which="major", alpha=0.3)
+
+
+def _scale(measured: dict[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    points = measured["points"]
+    ranks = [point["ranks"] for point in points]
+    lines = {
+        "commit_s": "commit on rank 0, behind training",
+        "plan_first_s": "first agreement, training waits",
+        "plan_again_s": "every later agreement, training waits",
+        "load_s": "before a load by as many ranks",
+        "other_load_s": "before a load by more or fewer ranks",
+    }
+    for key, label in lines.items():
+        axes.plot(ranks, [point[key] for point in points], "o-", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="ranks, each with 10 GB", ylabel="seconds", xticks=ranks)
+    axes.set_xticklabels([str(n) for n in ranks])
+    axes.minorticks_off()
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize="small")
+    return _keep(figure, path)
 
 
 def _training(measured: dict[str, Any], path: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, s3table
+from benchmarks import figures, rankstable, s3table
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {
@@ -28,6 +28,7 @@ DRAWINGS = {
     "training": "Seconds of each training step after a save began",
     "growth": "Seconds of a save and a load by bytes and by tensors",
 }
+SCALE = "Seconds of a commit, of agreeing, and of what is read before a load, by ranks"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -44,6 +45,8 @@ def markdown(results: dict[str, Any]) -> str:
         found = results["listing"]
         parts.append(f"Listing {found['checkpoints']:,} checkpoints: {found['median_s']:.2f} s.")
     parts += [_policies(results["policies"])] if "policies" in results else []
+    parts += [table] if (table := rankstable.markdown(results)) else []
+    parts += [f"![{SCALE}](benchmarks/scale.svg)"] if "scale" in results else []
     parts += ["### Object stores", s3table.markdown(results["s3"])] if "s3" in results else []
     return "\n\n".join(parts)
 
