@@ -39,8 +39,8 @@ def _growth(measured: Measured) -> str:
     rows += [_point(point) for point in measured["points"]]
     first = (
         f"Simulated: rank 0's own code, on a storage that answers after {measured['latency_s'] * 1e3:.0f} ms with "
-        f"{measured['bytes_per_s'] / 1e6:.0f} MB/s a request and keeps records only; {measured['tensors']:,} tensors, 10 GB a "
-        "rank. `python -m benchmarks scale`."
+        f"{measured['bytes_per_s'] / 1e6:.0f} MB/s a request and keeps records only; {measured['tensors']:,} tensors, "
+        "10 GB a rank. `python -m benchmarks scale`."
     )
     return "\n".join([first, "", *rows])
 

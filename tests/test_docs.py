@@ -23,8 +23,9 @@ MODULES = sorted(
 )
 
 
-# What Lightning warns of itself.
+# What Lightning warns of itself, and DCP where there is no group.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block in the README runs as it stands."""
