@@ -242,6 +242,23 @@ def one_writes_while_it_is_read(store: Store, rank: int) -> Any:
         return handle.result()
 
 
+@fails("rank 2 doesn't see what rank 0 has written to .*not each machine's own disk")
+def a_disk_of_its_own(store: Store, rank: int) -> Any:
+    """The same path on two machines, and no shared folder behind it."""
+    place = store.url.removeprefix("file://") + "-elsewhere" * (rank == ODD)
+    with cs.open(f"{place}/shared", rank_timeout=TIMEOUT_S) as other:
+        other._storage.url = "file:///checkpoints/run"
+        return other.save(state(2, rank), step=2)
+
+
+@fails("another url each .*rank 2: 'file:.*-elsewhere")
+def another_url(store: Store, rank: int) -> Any:
+    """Each rank makes up the name of the folder from its own clock."""
+    place = store.url.removeprefix("file://") + "-elsewhere" * (rank == ODD)
+    with cs.open(place + "/own", rank_timeout=TIMEOUT_S) as other:
+        return other.save(state(2, rank), step=2)
+
+
 def run_all(folder: str, names: list[str]) -> dict[str, tuple[str, str, float]]:
     """Each scenario in a store of its own: how it ended on this rank."""
     from torch.distributed.tensor import Shard, distribute_tensor
