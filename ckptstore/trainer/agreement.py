@@ -1,0 +1,212 @@
+"""Where the training threads of all ranks meet next: their watch threads agree on it, while training goes on.
+
+A *position* counts the boundaries of a run, completed steps and epochs together, and is the same on all ranks. One
+*round* agrees on one position, by messages on a board:
+
+1. Rank 0 begins it.
+2. Each other rank sets itself a *hold* ahead: its training thread won't go past it before it knows what was agreed on.
+   Then it tells where.
+3. Rank 0 takes the farthest of these holds, or one of its own where it is farther itself, and tells all.
+
+All meet at the first boundary from there on. However slow a message or a thread is, nobody has passed it: a hold is told
+after it was set, and set is one that the training thread hasn't come to yet. Training threads send and read no
+messages. Whoever comes to its hold before the answer does waits for watch threads only, which wait for nobody's training.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ckptstore.engine.board import Board, get, put
+from ckptstore.engine.crew import ranks_text
+from ckptstore.errors import SaveFailedError
+
+_log = logging.getLogger("ckptstore")
+
+_NEVER = 1 << 62
+IDLE_PAUSE_S = 0.2
+"""Between two looks at the board while nobody wants to meet."""
+ROUND_PAUSE_S = 0.01
+"""The same while a round runs."""
+_HELD_PAUSE_S = 0.002
+_GRACE_S = 2.0
+"""How much longer the others wait than rank 0, which knows who is missing."""
+
+
+class Agreement:
+    """One rank's part in it.
+
+    Args:
+        board: where the ranks leave messages.
+        folder: of these messages.
+        position: of this rank's training thread: counted before a boundary looks here.
+        ahead: how many positions ahead a hold is set: those that are passed while messages go back and forth. At
+            least 1; too few only keep training waiting.
+        wants: on rank 0, whether there is something to meet for.
+        timeout_s: how long one rank waits for another.
+        pause: lets a thread wait so many seconds.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        folder: str,
+        *,
+        position: Callable[[], int],
+        ahead: Callable[[], int],
+        wants: Callable[[], bool],
+        timeout_s: float,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._board, self._folder = board, folder
+        self._position, self._ahead, self._wants = position, ahead, wants
+        self._timeout_s, self._pause = timeout_s, pause
+        # All that the training thread looks at where nothing is going on.
+        self._next = _NEVER
+        # Whether ``_next`` is a hold; else it is what was agreed on, or never.
+        self._held = False
+        # Whether the training thread has yet to come to what was agreed on.
+        self._ahead_of_us = False
+        self._number = 1
+        # Rank 0: who hasn't answered in this round; None between two rounds.
+        self._missing: list[int] | None = None
+        self._farthest = 0
+        self._began = 0.0
+        self._problem: str | None = None
+        self._finished, self._meeting = False, False
+
+    # -- the training thread -----------------------------------------------------------------------------
+
+    def is_time(self, position: int) -> bool:
+        """Whether all ranks meet at this boundary. True once for each round, and then they meet until ``end_meeting``.
+
+        Raises:
+            SaveFailedError: they can't agree: one is missing.
+        """
+        if position < self._next:
+            return False
+        self._wait(lambda: self._held)
+        if self._problem is not None:
+            raise SaveFailedError(self._problem)
+        if position < self._next:
+            return False
+        # In this order: as soon as it isn't ahead any more, the watch thread may set the next hold.
+        self._meeting, self._next = True, _NEVER
+        self._ahead_of_us = False
+        return True
+
+    def begin_meeting(self) -> None:
+        """They meet where all know it by themselves: what is wanted is minded now, and needs no round of its own."""
+        self._meeting = True
+
+    def end_meeting(self) -> None:
+        """They go on."""
+        self._meeting = False
+
+    def finish(self) -> None:
+        """On rank 0, before it meets the others for the last time: no further round begins, and a running one ends.
+
+        Raises:
+            SaveFailedError: it doesn't end.
+        """
+        self._finished = True
+        self._wait(lambda: self._missing is not None)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """For the watch thread, while there is no other way."""
+        ends = time.monotonic() + self._timeout_s + _GRACE_S
+        while condition() and self._problem is None:
+            if time.monotonic() > ends:
+                raise SaveFailedError("rank 0 hasn't told where all ranks meet, and was asked for it by itself")
+            self._pause(_HELD_PAUSE_S)
+
+    # -- the watch thread --------------------------------------------------------------------------------
+
+    def tick(self) -> float:
+        """Look at the board, and answer; in how many seconds to look again.
+
+        Raises:
+            StorageError: the board is gone.
+        """
+        if self._board.rank == 0:
+            self._lead()
+        else:
+            self._follow()
+        return ROUND_PAUSE_S if self._held or self._missing is not None else IDLE_PAUSE_S
+
+    def _lead(self) -> None:
+        if self._missing is None and not self._ahead_of_us and not self._meeting and self._wants():
+            self._farthest, self._began = 0, time.monotonic()
+            self._missing = list(range(1, self._board.size))
+            # After it is set: ``finish`` either sees it, or was called before and is seen here.
+            if self._finished:
+                self._missing = None
+                return
+            put(self._board, self._key("round"), True)
+        if self._missing is not None:
+            self._gather()
+
+    def _gather(self) -> None:
+        assert self._missing is not None
+        for rank in list(self._missing):
+            answer = get(self._board, self._key(f"hold/{rank}"))
+            if answer is not None:
+                self._farthest = max(self._farthest, answer)
+                self._missing.remove(rank)
+        if not self._missing:
+            # The last to be set: rank 0 itself never waits here.
+            hold = self._hold(self._farthest)
+            put(self._board, self._key("meet"), hold)
+            self._forget()
+            self._agreed(hold)
+            self._missing = None
+        elif time.monotonic() > self._began + self._timeout_s:
+            gone = ranks_text(self._missing)
+            problem = f"{gone} of {self._board.size} hasn't answered for {self._timeout_s:g} s where to meet and save"
+            put(self._board, self._key("meet"), problem)
+            self._give_up(problem)
+
+    def _forget(self) -> None:
+        """All have read the messages of this round but the last one, and all of the round before."""
+        for what in ("round", *(f"hold/{rank}" for rank in range(1, self._board.size))):
+            self._board.drop(self._key(what))
+        self._board.drop(f"{self._folder}/meet/{self._number - 1}")
+
+    def _follow(self) -> None:
+        if not self._held and not self._ahead_of_us and get(self._board, self._key("round")) is not None:
+            put(self._board, self._key(f"hold/{self._board.rank}"), self._hold(0))
+        if self._held:
+            answer = get(self._board, self._key("meet"))
+            if isinstance(answer, str):
+                self._give_up(answer)
+            elif answer is not None:
+                self._agreed(answer)
+
+    def _hold(self, least: int) -> int:
+        """Set one at ``least`` or later, where the training thread hasn't been yet."""
+        self._held = True
+        ahead = max(self._ahead(), 1)
+        while True:
+            hold = max(least, self._position() + ahead)
+            self._next = hold
+            # Whoever counts this position later than here finds the hold. Who was faster may have passed it unseen.
+            if self._position() < hold:
+                return hold
+            ahead *= 2
+
+    def _agreed(self, position: int) -> None:
+        self._number += 1
+        self._next, self._ahead_of_us = position, True
+        # The last: it lets the training thread go on.
+        self._held = False
+
+    def _give_up(self, problem: str) -> None:
+        _log.debug("%s", problem)
+        self._problem, self._missing = problem, None
+        self._next, self._held = -1, False
+
+    def _key(self, what: str) -> str:
+        head, _, tail = what.partition("/")
+        return f"{self._folder}/{head}/{self._number}" + (f"/{tail}" if tail else "")
