@@ -37,6 +37,10 @@ class EpochPlan(Schedule):
         """The steps."""
         return list(_planned(self, length))
 
+    def is_counted(self) -> bool:
+        """By steps."""
+        return True
+
     def check(self, length: Length) -> None:
         """It has to be known where epochs end."""
         _planned(self, length)

@@ -92,6 +92,10 @@ class Milestones(Schedule):
             return [f"{self} depends on how many tokens a step has: give tokens_per_step"]
         return []
 
+    def is_counted(self) -> bool:
+        """All but parameters, of which ranks may have different ones."""
+        return self.of != "params"
+
     def check(self, length: Length) -> None:
         """No milestone may lie behind the end, where that is known."""
         if length.total_steps is None or (self.of == "tokens" and length.tokens_per_step is None):

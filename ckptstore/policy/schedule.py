@@ -34,6 +34,10 @@ class Schedule(ABC):
         """What of it no one can tell beforehand, for people; empty where ``enumerate`` knows all."""
         return []
 
+    def is_counted(self) -> bool:
+        """Whether steps, epochs and tokens alone decide, which all ranks of a run count alike."""
+        return False
+
     def check(self, length: Length) -> None:  # noqa: B027 - most fit any run
         """Nothing, where it fits a run of ``length``.
 
@@ -94,6 +98,10 @@ class AnyOf(Schedule):
     def open_ends(self, length: Length) -> list[str]:
         """Those of all parts."""
         return [end for part in self.parts for end in part.open_ends(length)]
+
+    def is_counted(self) -> bool:
+        """Whether that is so with all parts."""
+        return all(part.is_counted() for part in self.parts)
 
     def check(self, length: Length) -> None:
         """Checks each part."""

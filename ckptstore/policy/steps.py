@@ -34,6 +34,10 @@ class At(Schedule):
         """The steps."""
         return list(self.wanted)
 
+    def is_counted(self) -> bool:
+        """By steps."""
+        return True
+
     def check(self, length: Length) -> None:
         """No step may lie behind the end, where that is known."""
         total = length.total_steps
@@ -138,6 +142,10 @@ class Every(Schedule):
         if self.unit == "tokens" and length.tokens_per_step is None:
             return [f"{self} depends on how many tokens a step has: give tokens_per_step"]
         return []
+
+    def is_counted(self) -> bool:
+        """All but time."""
+        return self.unit != "minutes"
 
     def check(self, length: Length) -> None:
         """The interval has to pass at least once."""

@@ -8,16 +8,18 @@ A *position* counts the boundaries of a run, completed steps and epochs together
    Then it tells where.
 3. Rank 0 takes the farthest of these holds, or one of its own where it is farther itself, and tells all.
 
-All meet at the first boundary from there on. However slow a message or a thread is, nobody has passed it: a hold is told
-after it was set, and set is one that the training thread hasn't come to yet. Training threads send and read no
-messages. Whoever comes to its hold before the answer does waits for watch threads only, which wait for nobody's training.
+All meet at the first boundary from there on. However slow a message or a thread is, nobody has passed it: a hold is
+told after it was set, and it is one that the training thread hasn't come to yet. Training threads send and read no
+messages. One that comes to its hold before the answer does waits for watch threads only, and these wait for nobody's
+training.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ckptstore.engine.board import Board, get, put
 from ckptstore.engine.crew import ranks_text
@@ -31,8 +33,10 @@ IDLE_PAUSE_S = 0.2
 ROUND_PAUSE_S = 0.01
 """The same while a round runs."""
 _HELD_PAUSE_S = 0.002
+_PATIENCE_S = 1.0
+"""After so long it is looked whether those who are missing have ended."""
 _GRACE_S = 2.0
-"""How much longer the others wait than rank 0, which knows who is missing."""
+"""How much longer training threads wait than watch threads, which know who is missing."""
 
 
 class Agreement:
@@ -44,7 +48,9 @@ class Agreement:
         position: of this rank's training thread: counted before a boundary looks here.
         ahead: how many positions ahead a hold is set: those that are passed while messages go back and forth. At
             least 1; too few only keep training waiting.
-        wants: on rank 0, whether there is something to meet for.
+        wants: on rank 0, what to meet for, as JSON has words for it; None where there is nothing.
+        told: on the others: takes what rank 0 wants, as soon as it is heard of.
+        gone: why a rank has left the others, None while it hasn't.
         timeout_s: how long one rank waits for another.
         pause: lets a thread wait so many seconds.
     """
@@ -56,13 +62,15 @@ class Agreement:
         *,
         position: Callable[[], int],
         ahead: Callable[[], int],
-        wants: Callable[[], bool],
+        wants: Callable[[], Any],
+        told: Callable[[Any], None],
+        gone: Callable[[int], str | None],
         timeout_s: float,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._board, self._folder = board, folder
-        self._position, self._ahead, self._wants = position, ahead, wants
-        self._timeout_s, self._pause = timeout_s, pause
+        self._position, self._ahead, self._wants, self._told = position, ahead, wants, told
+        self._gone, self._timeout_s, self._pause = gone, timeout_s, pause
         # All that the training thread looks at where nothing is going on.
         self._next = _NEVER
         # Whether ``_next`` is a hold; else it is what was agreed on, or never.
@@ -119,7 +127,7 @@ class Agreement:
         ends = time.monotonic() + self._timeout_s + _GRACE_S
         while condition() and self._problem is None:
             if time.monotonic() > ends:
-                raise SaveFailedError("rank 0 hasn't told where all ranks meet, and was asked for it by itself")
+                raise SaveFailedError(f"the ranks haven't agreed within {self._timeout_s:g} s where to meet and save")
             self._pause(_HELD_PAUSE_S)
 
     # -- the watch thread --------------------------------------------------------------------------------
@@ -137,14 +145,15 @@ class Agreement:
         return ROUND_PAUSE_S if self._held or self._missing is not None else IDLE_PAUSE_S
 
     def _lead(self) -> None:
-        if self._missing is None and not self._ahead_of_us and not self._meeting and self._wants():
+        is_free = self._missing is None and not self._ahead_of_us and not self._meeting
+        if is_free and (wanted := self._wants()) is not None:
             self._farthest, self._began = 0, time.monotonic()
             self._missing = list(range(1, self._board.size))
             # After it is set: ``finish`` either sees it, or was called before and is seen here.
             if self._finished:
                 self._missing = None
                 return
-            put(self._board, self._key("round"), True)
+            put(self._board, self._key("round"), [wanted])
         if self._missing is not None:
             self._gather()
 
@@ -162,11 +171,21 @@ class Agreement:
             self._forget()
             self._agreed(hold)
             self._missing = None
-        elif time.monotonic() > self._began + self._timeout_s:
-            gone = ranks_text(self._missing)
-            problem = f"{gone} of {self._board.size} hasn't answered for {self._timeout_s:g} s where to meet and save"
+        elif (problem := self._trouble(self._missing)) is not None:
             put(self._board, self._key("meet"), problem)
             self._give_up(problem)
+
+    def _trouble(self, ranks: Sequence[int]) -> str | None:
+        """Why it is no use to wait for ``ranks`` any longer, if so."""
+        waited_s = time.monotonic() - self._began
+        if waited_s < _PATIENCE_S:
+            return None
+        left = {rank: why for rank in ranks if (why := self._gone(rank)) is not None}
+        for rank, why in left.items():
+            return f"rank {rank} of {self._board.size} has ended: {why}"
+        if waited_s < self._timeout_s:
+            return None
+        return f"{ranks_text(ranks)} of {self._board.size} hasn't answered for {waited_s:.0f} s where to meet and save"
 
     def _forget(self) -> None:
         """All have read the messages of this round but the last one, and all of the round before."""
@@ -175,14 +194,19 @@ class Agreement:
         self._board.drop(f"{self._folder}/meet/{self._number - 1}")
 
     def _follow(self) -> None:
-        if not self._held and not self._ahead_of_us and get(self._board, self._key("round")) is not None:
+        is_free = not self._held and not self._ahead_of_us
+        if is_free and (wanted := get(self._board, self._key("round"))) is not None:
+            self._told(wanted[0])
+            self._began = time.monotonic()
             put(self._board, self._key(f"hold/{self._board.rank}"), self._hold(0))
         if self._held:
+            # Before the answer is looked for: rank 0 may have given it, and ended.
+            trouble = self._trouble([0])
             answer = get(self._board, self._key("meet"))
-            if isinstance(answer, str):
-                self._give_up(answer)
-            elif answer is not None:
+            if isinstance(answer, int):
                 self._agreed(answer)
+            elif (problem := answer or trouble) is not None:
+                self._give_up(problem)
 
     def _hold(self, least: int) -> int:
         """Set one at ``least`` or later, where the training thread hasn't been yet."""

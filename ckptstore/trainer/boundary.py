@@ -17,6 +17,7 @@ from ckptstore.engine.background import SaveHandle
 from ckptstore.engine.saver import Durable
 from ckptstore.errors import CheckpointError, StateError
 from ckptstore.policy.events import Milestones
+from ckptstore.policy.guard import Divergence
 from ckptstore.policy.plan import FINAL
 from ckptstore.policy.progress import Costs, Length, Progress
 from ckptstore.policy.schedule import AnyOf, Schedule, parts_of
@@ -99,6 +100,8 @@ class Boundary:
         # Steps and epochs of what is saved, or is being saved; None where a save has failed since.
         self._saved_at: tuple[int, int] | None = (0, 0)
         self._steps_seen = 0
+        # Why the state is to be saved at the next boundary, beside what the schedule says there.
+        self._carried: list[str] = []
         # The guard has found that training has diverged.
         self._astray = False
         # The random state when the batches of the running epoch were used up, until the epoch ends.
@@ -161,12 +164,15 @@ class Boundary:
         """
         found = self._guard.see(step, values) if self._guard is not None else None
         if found is not None:
-            # What is wrong is not worth a checkpoint; the last good one may still be on its way.
-            self._astray = True
-            with suppress(CheckpointError):
-                self._settle()
-            self._tell("on_diverged", found)
-            raise error_of(found, self.store)
+            self._end_astray(found)
+
+    def _end_astray(self, found: Divergence) -> NoReturn:
+        # What is wrong is not worth a checkpoint; the last good one may still be on its way.
+        self._astray = True
+        with suppress(CheckpointError):
+            self._settle()
+        self._tell("on_diverged", found)
+        raise error_of(found, self.store)
 
     def _is_changing(self) -> bool:
         """Whether an optimizer has begun a step that is not counted yet."""
@@ -177,6 +183,11 @@ class Boundary:
         self._collect()
         if reasons := self._pending():
             self._save_or_skip(reasons)
+        self._mind_signals()
+
+    def _linger(self) -> None:
+        """As at a boundary, where what is due waits for the next one."""
+        self._collect()
         self._mind_signals()
 
     def _save_or_skip(self, reasons: Sequence[str]) -> None:
@@ -193,6 +204,9 @@ class Boundary:
         asks = self._undecided or (last and self._decisions.is_stuck)
         due = self._decisions.due(self.progress, last=last) if asks and not self._astray else []
         self._undecided = False
+        if self._carried:
+            due = list(dict.fromkeys([*self._carried, *due]))
+            self._carried = []
         return due
 
     def _decide(self) -> None:
@@ -256,6 +270,7 @@ class Boundary:
         self._collect(wait=True)
         state, facts = self._prepared(reasons)
         with self._pending_again():
+            self._announce("begin", facts)
             handle = self._saving.begin(state, facts, durable=durable)
         if handle is None:
             self._collect()
@@ -270,6 +285,7 @@ class Boundary:
         self._collect(wait=True)
         state, facts = self._prepared(reasons)
         with self._pending_again():
+            self._announce("run", facts)
             outcome = self._saving.run(state, facts, durable=durable)
         if isinstance(outcome, Failed):
             self._failed(outcome)
@@ -280,12 +296,10 @@ class Boundary:
         """The state and what is said of it; from here on it counts as saved."""
         now = self.progress
         metrics = {**self._reports.values(), **self._decisions.reported}
-        self._run.facts = {
+        known = {
             "progress": progress_fields(now),
             "past": past_fields(self._decisions.after(now, reasons)),
             "best": dict(self._reports.best),
-            "hyperparameters": self._hyperparameters,
-            "guard": self._guard.watch.state_dict() if self._guard is not None else {},
         }
         facts = Facts(
             step=now.step,
@@ -296,9 +310,21 @@ class Boundary:
         )
         self._decisions.began(now, reasons)
         self._saved_at = (now.step, now.epoch)
+        return self._state_with(known), facts
+
+    def _state_with(self, known: dict[str, Any]) -> dict[str, Any]:
+        """All that is saved, with what is ``known`` of the run."""
+        self._run.facts = {
+            **known,
+            "hyperparameters": self._hyperparameters,
+            "guard": self._guard.watch.state_dict() if self._guard is not None else {},
+        }
         # Before the first step nobody knows who reads them, and they stand at their beginning.
-        sources = parts.unread(self.state, self._feeds.names) if now.step and self._include.data else {}
-        return {**parts.chosen(self.state, self._include), **sources, PART: self._run}, facts
+        sources = parts.unread(self.state, self._feeds.names) if self._counters.step and self._include.data else {}
+        return {**parts.chosen(self.state, self._include), **sources, PART: self._run}
+
+    def _announce(self, how: Literal["begin", "run"], facts: Facts) -> None:
+        """The state is saved next; for other ranks, where there are some."""
 
     # -- signals -----------------------------------------------------------------------------------------
 

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
-import torch
-
 from ckptstore import config as configs
 from ckptstore.config.settings import Config, Parts
 from ckptstore.engine.background import SaveHandle
-from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.saver import Durable
-from ckptstore.errors import FormatError, NoCheckpointError, StateError
+from ckptstore.errors import FormatError
 from ckptstore.opening import Place
 from ckptstore.opening import open as open_store
 from ckptstore.policy.guard import Diverged
 from ckptstore.policy.progress import Length
 from ckptstore.policy.schedule import Schedule
 from ckptstore.policy.text import parse_schedule
-from ckptstore.state import capture, fence
+from ckptstore.state import capture
 from ckptstore.state.rng import RNG
 from ckptstore.state.staging import steps_begun
 from ckptstore.store import SaveMode, Store
-from ckptstore.trainer import parts, prepared, resuming
-from ckptstore.trainer.boundary import Boundary, Limits
-from ckptstore.trainer.decisions import Evaluations, past_of
+from ckptstore.trainer import parts, prepared
+from ckptstore.trainer.beginning import Beginning
+from ckptstore.trainer.boundary import Limits
+from ckptstore.trainer.decisions import Evaluations
 from ckptstore.trainer.events import Failed, Hooks, Listener, Resumed, Saved
 from ckptstore.trainer.guarding import Guard
-from ckptstore.trainer.run import PART
 from ckptstore.units import duration_s
 
 T = TypeVar("T")
@@ -41,7 +36,7 @@ T = TypeVar("T")
 State: TypeAlias = Mapping[str, Any]
 
 
-class Checkpointer(Boundary):
+class Checkpointer(Beginning):
     """Saves what a training loop has, when it is due, and brings it back.
 
     ::
@@ -123,7 +118,6 @@ class Checkpointer(Boundary):
             StateError: a state that can't be.
             StorageError: the store can't be opened.
         """
-        _check_rank()
         schedule, evaluating, length = _schedule(save), _schedule(evaluate), length or Length()
         for each in (schedule, evaluating):
             if each is not None:
@@ -181,141 +175,6 @@ class Checkpointer(Boundary):
         made._own_store, made._config = True, config
         return made
 
-    _config: Config | None = None
-
-    # -- beginning ---------------------------------------------------------------------------------------
-
-    def resume(
-        self,
-        select: bool | str | os.PathLike[str] | None = None,
-        *,
-        restore: Parts | None = None,
-        check: bool = False,
-        new_line: bool = False,
-    ) -> Resumed:
-        """Go on where a checkpoint was made, or begin; to be called once, before the first step.
-
-        Args:
-            select: True, the default: the newest good checkpoint, or a fresh start where there is none. False: a fresh
-                start. A selector, as ``"best:val_loss"``: that one. A path or URL of another store, or of the folder of
-                a checkpoint in one: from there.
-            restore: which of optimizer, scheduler, random state and position in the data are brought back; all else
-                keeps the value that it has.
-            check: prove afterwards that everything is as it was saved, bit for bit.
-            new_line: begin anew, or from another store, although this one has checkpoints.
-
-        Raises:
-            ExistsError: a fresh start, or another store's checkpoint, where this one has some.
-            NotFoundError: no such checkpoint.
-            StateError: the checkpoint doesn't fit the state; nothing was changed.
-            IntegrityError: all checkpoints are damaged, or ``check`` found what differs.
-        """
-        if self._resumed is not None or self._closed:
-            raise StateError("resume() was called already: make another Checkpointer for another run", path="")
-        config = self._config
-        select = select if select is not None else (config.resume if config is not None else True)
-        restore = restore or (config.restore if config is not None else Parts())
-        if self._minds_signals:
-            self._signals.install(with_deadline=self._watch.has_deadline)
-        # From here on: loading may take longer than a deadline allows.
-        self._watch.start()
-        try:
-            with ExitStack() as stack:
-                source = resuming.Source.of(self.store, select, stack)
-                if not new_line and (source is None or source.store is not self.store):
-                    resuming.refuse_fresh(self.store, f"resume({select!r}) would begin anew")
-                self._resumed = self._begin(source, select is True, restore, check)
-        except BaseException:
-            self._signals.restore()
-            self._watch.end()
-            raise
-        self._began(self._resumed)
-        return self._resumed
-
-    def _begin(self, source: resuming.Source | None, may_be_fresh: bool, restore: Parts, check: bool) -> Resumed:
-        if source is not None:
-            try:
-                return self._load(source, restore, check)
-            except NoCheckpointError:
-                if not may_be_fresh:
-                    raise
-        if self._build is not None:
-            self.state = parts.check_state(self._build({}))
-        self._register()
-        return Resumed(None, self.store.url)
-
-    def _load(self, source: resuming.Source, restore: Parts, check: bool) -> Resumed:
-        before: dict[str, Any] = {}
-        if self._build is not None:
-            build = self._build
-
-            def built(extra: Mapping[str, Any]) -> dict[str, Any]:
-                self.state = parts.check_state(build(extra))
-                before.update(resuming.options_of(self.state))
-                return resuming.target(self.state, self._run, restore)
-
-            loaded = source.load_built(built)
-        else:
-            before.update(resuming.options_of(self.state))
-            loaded = source.load(resuming.target(self.state, self._run, restore))
-        self._register()
-        checkpoint = loaded.checkpoint
-        after = resuming.options_of(self.state)
-        notes = resuming.differences(after, before, "the saved value is used") if restore.optimizer else []
-        notes += self._go_on(source, loaded.checkpoint, restore)
-        if check:
-            self._feeds.check(strict=True)
-            wanted = resuming.target(self.state, self._run, restore)
-            if not (restore.rng and restore.data):
-                del wanted[PART]
-            resuming.prove(source.store, checkpoint, wanted, loaded.missing)
-        left = resuming.left_out(self.state, restore)
-        # A source that is read by way of the run stands there, not by itself.
-        kept = [name for name in loaded.missing if parts.kind_of(name, self.state.get(name)) != "data"]
-        return Resumed(checkpoint, source.store.url, kept, resuming.unused(loaded, left), notes)
-
-    def _go_on(self, source: resuming.Source, checkpoint: Checkpoint, restore: Parts) -> list[str]:
-        """Put counters, memory, random state and positions in place; what differs."""
-        if self._run.loaded is None:
-            # It was saved by hand: what its record says is all that is known.
-            self._counters.go_on(checkpoint.step, checkpoint.epoch or 0, 0, 0.0)
-            line = [c for c in source.store.checkpoints() if c.order <= checkpoint.order]
-            self._decisions.resume_after(self.progress, line)
-            return []
-        self._run.restore(rng=restore.rng, data=restore.data)
-        facts = self._run.facts
-        saved = facts["progress"]
-        self._counters.go_on(saved["step"], saved["epoch"], saved["tokens"], saved["elapsed_s"])
-        self._decisions.resume(past_of(facts.get("past", {}), self.progress))
-        self._reports.best.update(facts.get("best", {}))
-        if self._guard is not None and facts.get("guard"):
-            self._guard.watch.load_state_dict(facts["guard"])
-        given, here = facts.get("hyperparameters", {}), self._hyperparameters
-        return resuming.differences(given, here, "the value here is used") + resuming.only_one_has(given, here)
-
-    def _register(self) -> None:
-        # Before the training step is compiled: a hook that comes later makes the compiler start again.
-        fence(*parts.optimizers(self.state))
-
-    def _began(self, resumed: Resumed) -> None:
-        self._steps_seen = steps_begun()
-        if resumed:
-            counters = self._counters
-            self._saved_at = (counters.step, counters.epoch) if resumed.url == self.store.url else None
-            self._evaluations.resume(self.progress)
-        self._say(str(resumed))
-        for name in resumed.kept:
-            what = "random state and position in the data" if name == PART else repr(name)
-            warnings.warn(f"the checkpoint has no {what}: it keeps the value that it has", UserWarning, stacklevel=3)
-        for what in resumed.unused:
-            warnings.warn(f"the checkpoint has {what!r}, which nothing here takes", UserWarning, stacklevel=3)
-        for sentence in resumed.differences:
-            warnings.warn(sentence, UserWarning, stacklevel=3)
-        self._tell("on_resumed", resumed)
-        if not resumed:
-            # The state before any update.
-            self._decide()
-
     # -- the loop ----------------------------------------------------------------------------------------
 
     def epochs(self, count: int | None = None) -> Iterator[int]:
@@ -370,8 +229,7 @@ class Checkpointer(Boundary):
         self._pass_end = RNG().state_dict()
         if not self._window_open:
             # What is due waits for the epoch's end: one checkpoint for both, with the metrics of the evaluation.
-            self._collect()
-            self._mind_signals()
+            self._linger()
 
     def step(self, loss: Any = None, *, tokens: int = 0, **metrics: Any) -> None:
         """An optimizer step is done: count, and save where that is due.
@@ -402,7 +260,9 @@ class Checkpointer(Boundary):
             if self._guard is not None:
                 # A loss is measured before the update that it leads to.
                 self._see(counters.step - 1, metrics)
-            self._decisions.reported.update(self._reports.latest(metrics))
+            if watched := self._reports.latest(metrics):
+                self._decisions.reported.update(watched)
+                self._news = True
         for listener in self._on_step:
             listener(counters.step)
         self._undecided = True
@@ -419,6 +279,7 @@ class Checkpointer(Boundary):
         if self._guard is not None:
             self._see(self._counters.step, metrics)
         self._decisions.reported.update(self._reports.add(metrics, self._modes))
+        self._news |= self._reports.watches(metrics)
         if not (self._undecided or self._window_open or self._is_changing()):
             self._decide()
 
@@ -458,24 +319,14 @@ class Checkpointer(Boundary):
             SaveFailedError: too many saves have failed, this one included where it was waited for.
         """
         self._require_resumed()
+        return self._meet(lambda: self._by_hand(reason, wait, durable), durable=durable)
+
+    def _by_hand(self, reason: str, wait: bool, durable: Durable | None) -> SaveHandle | None:
         reasons = [*self._pending(), reason]
         if wait:
             self._save_now(reasons, durable=durable)
             return None
         return self._save(reasons, durable=durable)
-
-
-def _check_rank() -> None:
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not ranks or torch.distributed.get_world_size() == 1:
-        return
-    if torch.distributed.get_rank() > 0:
-        raise StateError(
-            f"this is rank {torch.distributed.get_rank()}: a Checkpointer saves what one process has; make it on "
-            "rank 0 only, where the replicas of all ranks are the same",
-            path="",
-        )
-    warnings.warn("only rank 0 saves: random state and position in the data are those of rank 0", stacklevel=3)
 
 
 def _schedule(given: object) -> Schedule | None:

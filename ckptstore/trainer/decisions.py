@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptstore.policy.progress import Length, Past, Progress, Remembered
-from ckptstore.policy.schedule import Schedule
+from ckptstore.policy.schedule import AnyOf, Schedule, parts_of
 
 
 class Decisions:
     """One run's. A save in the background counts as made until it turns out to have failed.
 
     Attributes:
+        schedule, length: that it goes by.
         reported: metrics since the last save that succeeded, or is under way.
     """
 
     def __init__(self, schedule: Schedule | None, length: Length, *, retry_s: float) -> None:
-        self.length = length
+        self.schedule, self.length = schedule, length
         self.reported: dict[str, float] = {}
-        self._schedule, self._retry_s = schedule, retry_s
+        self._retry_s = retry_s
         self._sure = Past()
         self._hoped: Past | None = None
         self._under_way: tuple[frozenset[str], dict[str, float]] = (frozenset(), {})
@@ -48,10 +49,10 @@ class Decisions:
 
     def due(self, now: Progress, *, last: bool = False) -> list[str]:
         """Why the state at ``now`` is to be saved; empty where it isn't. At the ``last`` time nothing is put off."""
-        if self._schedule is None:
+        if self.schedule is None:
             return []
         past = self._hoped or self._sure
-        reasons = self._schedule.due(now, past, self.length)
+        reasons = self.schedule.due(now, past, self.length)
         self._sure = self._sure.decided(now)
         if self._hoped is not None:
             self._hoped = self._hoped.decided(now)
@@ -85,12 +86,34 @@ class Decisions:
         self._stuck, self._retry_at = reasons, time.monotonic() + self._retry_s
 
 
+class Counted:
+    """What of a schedule goes by counters alone. All ranks of a run know without a message when it is due."""
+
+    def __init__(self, schedule: Schedule | None, length: Length) -> None:
+        self._parts = [part for part in parts_of(schedule or AnyOf(())) if part.is_counted()]
+        self._length, self._past = length, Past()
+
+    def resume(self, past: Past) -> None:
+        """Go on with what a checkpoint remembers."""
+        self._past = past
+
+    def due(self, now: Progress) -> bool:
+        """Whether it is due at ``now``; True once for each time, as it is rank 0 that tries again what failed."""
+        reasons = [reason for part in self._parts for reason in part.due(now, self._past, self._length)]
+        self._past = self._past.decided(now).saved(now, reasons)
+        return bool(reasons)
+
+
 class Evaluations:
     """When a run evaluates."""
 
     def __init__(self, schedule: Schedule | None, length: Length) -> None:
         self._schedule, self._length = schedule, length
         self._past = Past()
+
+    def is_counted(self) -> bool:
+        """Whether counters alone decide."""
+        return self._schedule is None or self._schedule.is_counted()
 
     def resume(self, now: Progress) -> None:
         """Go on after ``now``."""

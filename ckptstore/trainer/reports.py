@@ -32,6 +32,10 @@ class Reports:
             return {}
         return Facts.of(0, metrics={name: values[name] for name in self._watched & values.keys()}).metrics
 
+    def watches(self, values: Mapping[str, Any]) -> bool:
+        """Whether the schedule goes by one of them."""
+        return not self._watched.isdisjoint(values)
+
     def values(self) -> dict[str, float]:
         """Those of the last step, as numbers. Reading a tensor waits until it is computed.
 

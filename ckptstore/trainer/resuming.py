@@ -20,6 +20,7 @@ from ckptstore.opening import Place
 from ckptstore.opening import open as open_store
 from ckptstore.store import Store
 from ckptstore.trainer import parts
+from ckptstore.trainer.jointly import Jointly
 from ckptstore.trainer.run import PART, Run
 from ckptstore.view import View
 
@@ -50,31 +51,38 @@ class Source:
         """Restore ``state``, parts that only one of both has left out."""
         return self.store.load(self.selector, into=state, strict="parts")
 
-    def load_built(self, build: Callable[[Mapping[str, Any]], State]) -> Loaded:
+    def load_built(self, build: Callable[[Mapping[str, Any]], State], jointly: Jointly) -> Loaded:
         """Build the state from the plain values that the checkpoint has, then restore it.
 
         As with ``load("latest")``, what is damaged is left for the one before.
         """
-        latest = self.selector == "latest"
-        # Also where all are wanted: it tells a store whose records are all damaged from an empty one.
-        chosen = self.store.resolve(self.selector)
-        found = [c for c in self.store.checkpoints()[::-1] if c.order <= chosen.order] if latest else [chosen]
-        for checkpoint in found:
+        found = jointly.lead("the choice of a checkpoint", self._candidates)
+        for id in found:
             try:
-                return self.store.load(checkpoint.id, into=build(self._extra_of(checkpoint)), strict="parts")
+                state = jointly.do("building the state", lambda: build(self._extra_of(id)))  # noqa: B023 - called here
+                return self.store.load(id, into=state, strict="parts")
             except (IntegrityError, FormatError) as error:
-                if not latest or checkpoint is found[-1]:
+                if id == found[-1]:
                     raise
-                message = f"{checkpoint.id} is damaged, trying the one before: {error}"
-                warnings.warn(message, FallbackWarning, stacklevel=4)
+                if jointly.leads:
+                    message = f"{id} is damaged, trying the one before: {error}"
+                    warnings.warn(message, FallbackWarning, stacklevel=4)
         raise AssertionError
 
-    def _extra_of(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    def _candidates(self) -> list[str]:
+        """The ids of those to try, one after the other."""
+        # Also where all are wanted: it tells a store whose records are all damaged from an empty one.
+        chosen = self.store.resolve(self.selector)
+        if self.selector != "latest":
+            return [chosen.id]
+        return [c.id for c in self.store.checkpoints()[::-1] if c.order <= chosen.order]
+
+    def _extra_of(self, id: str) -> Mapping[str, Any]:
         """The user's own plain values in a checkpoint; none in one that no run made."""
-        tree = self.store.contents(checkpoint).parts[0].tree
+        tree = self.store.contents(self.store.resolve(id)).parts[0].tree
         if not isinstance(tree, dict) or PART not in tree:
             return {}
-        values: Mapping[str, Any] = self.store.load(checkpoint.id, only=[PART])[PART].get("extra", {})
+        values: Mapping[str, Any] = self.store.load(id, only=[PART], rank=0)[PART].get("extra", {})
         return values
 
 
@@ -172,6 +180,17 @@ def target(state: Mapping[str, Any], run: Run, restore: Parts) -> State:
     """What is restored."""
     sources = parts.unread(state, ()) if restore.data else {}
     return {**parts.chosen(state, restore), **sources, PART: run}
+
+
+def states_of(store: View, checkpoint: Checkpoint, place: tuple[int, int]) -> Sequence[Mapping[str, Any]] | None:
+    """What each of the ranks that saved knew of the run; None where there are as many now.
+
+    Args:
+        place: which one of how many ranks this is.
+    """
+    if checkpoint.world_size == place[1]:
+        return None
+    return [store.load(checkpoint.id, only=[PART], rank=rank)[PART] for rank in range(checkpoint.world_size)]
 
 
 def unused(loaded: Loaded, left: Sequence[str]) -> list[str]:

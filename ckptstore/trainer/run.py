@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptstore.config.settings import Parts
 from ckptstore.errors import FormatError
 from ckptstore.policy.progress import Progress
-from ckptstore.state.rng import RNG
+from ckptstore.state.rng import RNG, derive
 from ckptstore.trainer.data import Feeds
 
 PART = "trainer"
@@ -87,8 +87,21 @@ class Run:
             raise FormatError(f"{PART!r} in the checkpoint is no state of a run")
         self.loaded = state
 
-    def restore(self, *, rng: bool, data: bool) -> None:
-        """Put in place what was loaded: plain values, random state and positions in the data."""
+    def restore(
+        self,
+        *,
+        rng: bool,
+        data: bool,
+        place: tuple[int, int] = (0, 1),
+        others: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Put in place what was loaded: plain values, random state and positions in the data.
+
+        Args:
+            rng, data: whether these two are wanted.
+            place: which one of how many ranks this is.
+            others: where as many had not saved: what each of those that did knew.
+        """
         assert self.loaded is not None
         state = dict(self.loaded)
         self.extra.clear()
@@ -97,8 +110,13 @@ class Run:
         self.facts = state
         if rng and saved_rng is not None:
             self._rng.load_state_dict(saved_rng)
+            if others is not None and place[0] >= len(others):
+                # This rank is new: it draws other numbers than the one whose state it has.
+                derive("rng", self._rng, place[0])
+                saved_rng = self._rng.state_dict()
         if data and saved_data is not None:
-            self.feeds.load_state_dict(saved_data, saved_rng if rng else None)
+            states = [saved_data] * place[1] if others is None else [other["data"] for other in others]
+            self.feeds.load_state_dicts(states, *place, saved_rng if rng else None)
 
 
 def progress_fields(now: Progress) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Signals:
         self._interrupts = 0
         self._ear: Ear | None = None
 
-    def install(self, *, with_deadline: bool = False) -> None:
-        """Begin to listen, where Python lets this thread do it: only the main one."""
+    def install(self, *, with_ear: bool = False) -> None:
+        """Begin to listen, where Python lets this thread do it: only the main one. With an ear ``hear`` works."""
         if threading.current_thread() is not threading.main_thread():
             _log.warning("signals are not minded: the Checkpointer isn't used in the main thread")
             return
@@ -52,13 +52,13 @@ class Signals:
             if before is not None and (before is not signal.SIG_IGN or signum == SAVE):
                 self.before[signum] = before
                 signal.signal(signum, self._note)
-        if with_deadline:
+        if with_ear:
             self._ear = Ear.lent()
 
     def hear(self) -> None:
         """Learn of a signal whose handler Python hasn't run yet: the main thread is in the midst of something long.
 
-        For the thread that keeps the deadline. The running step still completes before anything else is done.
+        For the thread that watches. The running step still completes before anything else is done.
         """
         for signum in self._ear.heard() if self._ear is not None else b"":
             if signum in STOP and self.came is None and signal.getsignal(signum) == self._note:
@@ -83,9 +83,15 @@ class Signals:
     def ask(self, action: Action) -> None:
         """The same by ``ckptstore signal``, from any thread."""
         if action == "stop":
-            self._stop(signal.SIGTERM)
+            self.end_by(signal.SIGTERM)
         else:
             self.save = "ckptstore signal"
+
+    def end_by(self, signum: int) -> None:
+        """As if that signal had come, from any thread."""
+        if self.stop is None:
+            self.came = self.came or (int(signum), time.monotonic())
+            self.stop = int(signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # Only plain attributes are set here: a lock might be held by the very code that is interrupted.
@@ -98,7 +104,7 @@ class Signals:
         if signum == SAVE:
             self.save = signal.Signals(signum).name
         else:
-            self._stop(signum)
+            self.end_by(signum)
         if signum == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
@@ -114,11 +120,6 @@ class Signals:
             before(signum, frame)
         elif before == signal.SIG_DFL:
             _die(signum)
-
-    def _stop(self, signum: int) -> None:
-        if self.stop is None:
-            self.came = self.came or (int(signum), time.monotonic())
-            self.stop = int(signum)
 
     def _in_fork(self, signum: int) -> None:
         """Workers of a loader go on for their parent when Ctrl-C reaches all; whoever ends just them is obeyed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -85,7 +84,9 @@ class Run:
             "run",
             position=lambda: self.ranks[number].position,
             ahead=lambda: ahead,
-            wants=lambda: self.wanted > self.answered,
+            wants=lambda: 1 if self.wanted > self.answered else None,
+            told=lambda wanted: None,
+            gone=lambda rank: None,
             timeout_s=1e6,
             pause=lambda seconds: self.turns.turn(),
         )
@@ -181,7 +182,7 @@ def test_a_faster_thread_is_not_overtaken() -> None:
 
     other = boards(2)[1]
     fast = made(other, position=position, ahead=lambda: 1)
-    other.put("run/round/1", b"true")
+    other.put("run/round/1", b"[0]")
     fast.tick()
     hold = int(other.messages["run/hold/1/1"])
     # Looked at more than twice: the first holds were passed.
@@ -189,19 +190,22 @@ def test_a_faster_thread_is_not_overtaken() -> None:
     assert hold > here[0]
 
 
-def made(board: MemoryBoard, timeout_s: float = 60, **more: Callable[[], object]) -> Agreement:
-    given = {"position": lambda: 5, "ahead": lambda: 2, "wants": lambda: True, **more}
+def made(board: MemoryBoard, timeout_s: float = 60, **more: Callable[..., object]) -> Agreement:
+    given = {"position": lambda: 5, "ahead": lambda: 2, "wants": lambda: "a save", **more}
+    given = {"told": lambda wanted: None, "gone": lambda rank: None, **given}
     return Agreement(board, "run", timeout_s=timeout_s, **given)  # type: ignore[arg-type]
 
 
 def test_a_round_in_words() -> None:
     """Rank 0 begins, the others hold, the farthest hold is where they meet; its messages are forgotten."""
     zero, one, two = boards(3)
-    first, second, third = made(zero), made(one, ahead=lambda: 9), made(two)
+    heard: list[str] = []
+    first, second, third = made(zero), made(one, ahead=lambda: 9), made(two, told=heard.append)
     assert not first.is_time(1 << 60)
     first.tick()
     second.tick()
     third.tick()
+    assert heard == ["a save"]
     first.tick()
     second.tick()
     third.tick()
@@ -212,28 +216,44 @@ def test_a_round_in_words() -> None:
     assert list(zero.messages) == ["run/meet/1"]
 
 
-def test_a_rank_that_never_answers() -> None:
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [(None, "rank 2 of 3 hasn't answered"), ("ValueError: no", "rank 2 of 3 has ended: ValueError: no")],
+)
+def test_a_rank_that_never_answers(why: str | None, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that train end with an error that names it, at the boundary that they may not pass."""
+    monkeypatch.setattr(agreement, "_PATIENCE_S", 0.0)
     zero, one, _ = boards(3)
-    first, second = made(zero, timeout_s=0.0), made(one)
+    first = made(zero, timeout_s=0.0 if why is None else 60, gone=lambda rank: why if rank == 2 else None)
+    second = made(one)
     first.tick()
     second.tick()
-    time.sleep(0.001)
     first.tick()
     second.tick()
     for each in (first, second):
-        with pytest.raises(SaveFailedError, match="rank 2 of 3 hasn't answered"):
+        with pytest.raises(SaveFailedError, match=text):
             each.is_time(7)
+
+
+def test_rank_0_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for its answer is told."""
+    monkeypatch.setattr(agreement, "_PATIENCE_S", 0.0)
+    _, one = boards(2)
+    held = made(one, gone=lambda rank: "KeyError: 'x'")
+    one.put("run/round/1", b"[0]")
+    held.tick()
+    with pytest.raises(SaveFailedError, match="rank 0 of 2 has ended: KeyError: 'x'"):
+        held.is_time(7)
 
 
 def test_nobody_answers_a_hold() -> None:
     """Rank 0 is gone in the midst of it."""
     _, one = boards(2)
     held = made(one, timeout_s=-2.0)
-    one.put("run/round/1", b"true")
+    one.put("run/round/1", b"[0]")
     held.tick()
     assert not held.is_time(6)
-    with pytest.raises(SaveFailedError, match="rank 0 hasn't told where all ranks meet"):
+    with pytest.raises(SaveFailedError, match="the ranks haven't agreed within"):
         held.is_time(7)
 
 

@@ -1,4 +1,4 @@
-"""Threads that take turns: one runs at a time, and who is next is chosen by the test wherever one may be interrupted."""
+"""Threads that take turns: one runs at a time, and the test chooses who is next wherever one may be interrupted."""
 
 from __future__ import annotations
 
