@@ -46,11 +46,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.mark.parametrize(
     ("mode", "where", "step"),
-    [pytest.param(*case, marks=() if case in CASES else pytest.mark.full) for case in [*CASES, *ALL]],
+    [pytest.param(*case, marks=() if case in CASES else pytest.mark.full) for case in ALL],
 )
 def test_killed_anywhere(mode: str, where: str, step: int, tmp_path: Path, whole: Shared) -> None:
+    """Evaluations aren't in step: there one rank may see that the other is gone, and waits for it a while."""
     options = made(tmp_path, mode=mode, save="every(steps=2)" if mode == "sync" else "every(steps=3)")
-    assert run(replace(options, end_by="kill", end_at=step, where=where), 2) == [-9, -9]
+    options = replace(options, more={"rank_timeout": 5})
+    ended = run(replace(options, end_by="kill", end_at=step, where=where), 2)
+    assert ended == [-9, -9] or (where == "evaluation" and -9 in ended)
     assert run(options, 2) == [0, 0]
     for rank in range(2):
         check_same(notes(options, rank), notes(whole, rank))
@@ -71,7 +74,7 @@ def test_one_rank_is_killed(tmp_path: Path, whole: Shared) -> None:
     assert ended[1] == -9
     assert ended[0] != 0
     steps = [step for step, _ in saved(options)]
-    assert steps[:6] == [0, 1, 2, 3, 4, 5][: len(steps)] or steps[:5] == [1, 2, 3, 4, 5]
+    assert steps in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
     assert run(replace(options, end_by=None), 2) == [0, 0]
     for rank in range(2):
         check_same(notes(options, rank), notes(whole, rank))

@@ -20,8 +20,6 @@ from tests.trainer import program
 from tests.trainer.processes import CONTEXT, finish
 from tests.trainer.program import Numbers, Options
 
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.trainer.program", "tests.ranks.trained"])
-
 
 @dataclass(frozen=True)
 class Shared(Options):
@@ -32,7 +30,6 @@ class Shared(Options):
         exactly: nothing is random but the order of the samples, so that another number of ranks learns the same.
         breaks: which ranks are broken off; all where it is None.
         rank, size, port: of this process, how many there are, and where their store of messages listens.
-        evaluates: on rank 0, with all others a step ahead.
     """
 
     samples: int = 48
