@@ -160,6 +160,8 @@ class CkptStoreIO(CheckpointIO):
         options = dict(storage_options or {})
         if unknown := options.keys() - {"epoch", "metrics", "modes", "reasons", "durable"}:
             raise FormatError(f"storage_options: {', '.join(sorted(unknown))}: Store.save takes no such option here")
+        if self.store.ranks is not None:
+            raise StateError("Lightning lets one process save: open the store with ranks='one'", path="")
         name = _full(path)
         facts = {
             "epoch": checkpoint.get("epoch"),
@@ -201,7 +203,7 @@ class CkptStoreIO(CheckpointIO):
         """Close the store, where it was opened here."""
         if self._owns:
             self.store.close()
-            self.store = open_store(self.store.url)
+            self.store = open_store(self.store.url, ranks="one")
 
     def find(self, path: Place) -> Checkpoint:
         """The checkpoint that a path or a selector means.
@@ -237,7 +239,8 @@ class CkptStoreIO(CheckpointIO):
 
 def _opened(store: Store | Place, options: Mapping[str, Any]) -> Store:
     if not isinstance(store, Store):
-        return open_store(store, **options)
+        # Of several processes Lightning lets one save.
+        return open_store(store, **{"ranks": "one", **options})
     if options:
         raise FormatError(f"{', '.join(options)}: the store is open already; give its place instead")
     return store

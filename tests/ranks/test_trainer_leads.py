@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -316,3 +317,32 @@ def test_failure_is_shown() -> None:
     """What a rank of these tests raises isn't lost."""
     found = Ranks(2, evaluating, None).results()
     assert all(isinstance(each, Failure) for each in found)
+
+
+def counting(place: str) -> tuple[int, int]:
+    """How often a rank's training thread uses the board in 100 steps of which nothing comes, and in all."""
+    loop = Loop(place, save=cs.every(steps=150) | cs.every(minutes=1000) | cs.on_best("val_loss"), signals=True)
+    used: list[int] = []
+    with loop.ckpt as ckpt:
+        ckpt.resume()
+        board, ours = loop.ckpt.store.ranks.board, threading.current_thread()  # type: ignore[union-attr]
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def one(*args: Any) -> Any:
+                if threading.current_thread() is ours:
+                    used.append(ckpt.progress.step)
+                return call(*args)
+
+            return one
+
+        for name in ("get", "put", "drop"):
+            setattr(board, name, counted(getattr(board, name)))
+        for _ in range(200):
+            loop.step()
+    return len([step for step in used if step < 150 or 150 < step < 200]), len(used)
+
+
+def test_ordinary_steps_send_no_messages(store_path: Path) -> None:
+    for ordinary, all_of_them in run(2, counting, str(store_path)):
+        assert ordinary == 0
+        assert all_of_them > 0
