@@ -30,22 +30,26 @@ def steps(options: Shared, size: int) -> dict[int, tuple[float, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "step"),
+    ("before", "after", "step", "wraps"),
     [
-        (4, 2, 5),
-        (2, 4, 6),
-        pytest.param(4, 1, 7, marks=pytest.mark.full),
-        pytest.param(1, 4, 6, marks=pytest.mark.full),
-        pytest.param(4, 3, 5, marks=pytest.mark.full),
-        pytest.param(3, 2, 4, marks=pytest.mark.full),
+        (4, 2, 5, "ddp ddp"),
+        (2, 4, 6, "ddp ddp"),
+        (4, 2, 6, "fsdp ddp"),
+        pytest.param(4, 1, 7, "ddp ddp", marks=pytest.mark.full),
+        pytest.param(1, 4, 6, "ddp ddp", marks=pytest.mark.full),
+        pytest.param(4, 3, 5, "fsdp fsdp", marks=pytest.mark.full),
+        pytest.param(3, 2, 4, "ddp fsdp", marks=pytest.mark.full),
+        pytest.param(4, 1, 7, "fsdp ddp", marks=pytest.mark.full),
     ],
 )
-def test_another_number_of_ranks(before: int, after: int, step: int, tmp_path: Path) -> None:
-    options = made(tmp_path, exactly=True, save="every(steps=1)", mode="sync")
+def test_another_number_of_ranks(before: int, after: int, step: int, wraps: str, tmp_path: Path) -> None:
+    wrap, other = wraps.split()
+    options = made(tmp_path, exactly=True, save="every(steps=1)", mode="sync", wrap=wrap)
     expected = steps(reference(options, tmp_path, before), before)
     assert len(expected) == 3 * PER_EPOCH
     first = replace(options, end_by="kill", end_at=step, out=f"{options.out}-before")
     assert run(first, before) == [-9] * before
+    options = replace(options, wrap=other)
     assert run(options, after) == [0] * after
     done, redone = steps(first, before), steps(options, after)
     # Step ``step`` is saved before the next batch is fetched: it may be lost.

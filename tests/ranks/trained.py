@@ -1,7 +1,8 @@
-"""The run of ``tests.trainer.program`` by several processes with ``DistributedDataParallel``, and what starts them."""
+"""The run of ``tests.trainer.program`` by several processes, with DDP or FSDP2, and what starts them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -27,6 +30,7 @@ class Shared(Options):
 
     Attributes:
         batch_size: of all ranks together.
+        wrap: "ddp" or "fsdp"; the first leaves a single rank as it is.
         exactly: nothing is random but the order of the samples, so that another number of ranks learns the same.
         breaks: which ranks are broken off; all where it is None.
         rank, size, port: of this process, how many there are, and where their store of messages listens.
@@ -34,6 +38,7 @@ class Shared(Options):
 
     samples: int = 48
     batch_size: int = 12
+    wrap: str = "ddp"
     exactly: bool = False
     breaks: int | None = None
     rank: int = 0
@@ -47,17 +52,18 @@ class Ranks(program.Program):
     options: Shared
 
     def __init__(self, options: Shared) -> None:
-        super().__init__(replace(options, batch_size=options.batch_size))
-        self.options = options
+        super().__init__(options)
         if options.exactly:
             torch.manual_seed(3)
             self.model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
-            self.optimizer = program.optimizer_of(options, self.model)
-            total = options.samples // options.batch_size * options.epochs
-            self.scheduler = program.scheduler_of(options, self.optimizer, total)
         self.inner = self.model
-        if options.size > 1:
+        if options.wrap == "fsdp":
+            fully_shard(self.model)
+        elif options.size > 1:
             self.model = DistributedDataParallel(self.model)  # type: ignore[assignment]
+        self.optimizer = program.optimizer_of(options, self.inner)
+        total = options.samples // options.batch_size * options.epochs
+        self.scheduler = program.scheduler_of(options, self.optimizer, total)
         data = Numbers(options.samples, noisy=not options.exactly)
         self.sampler = DistributedSampler(data, options.size, options.rank, shuffle=True, seed=5)
         self.loader = DataLoader(data, batch_size=options.batch_size // options.size, sampler=self.sampler)
@@ -71,6 +77,16 @@ class Ranks(program.Program):
         self.sampler.set_epoch(ckpt.progress.epoch)
         super().epoch(ckpt)
         self.note(drawn=torch.rand(1).item(), after=ckpt.progress.step)
+
+    def digest(self) -> str:
+        """Of what lies on this rank."""
+        found = hashlib.sha256()
+        states = [self.optimizer.state[p] for p in self.inner.parameters()]
+        for tensor in [*self.inner.state_dict().values(), *(v for state in states for v in state.values())]:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            found.update(local.detach().contiguous().numpy().tobytes())
+        found.update(repr(self.scheduler.state_dict()).encode())
+        return found.hexdigest()
 
 
 def main(fields: dict[str, Any]) -> None:
