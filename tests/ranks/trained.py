@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -145,3 +147,18 @@ def reference(options: Shared, folder: Path, size: int) -> Shared:
     )
     assert run(whole, size) == [0] * size
     return whole
+
+
+def main_of_torchrun() -> None:
+    """One rank, as ``torchrun`` starts it; one that was broken off isn't again."""
+    options = Shared(**json.loads(sys.argv[1]))
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    made = Ranks(replace(options, rank=rank, size=distributed.get_world_size(), out=out_of(options, rank)))
+    made.broken |= os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    made.run()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main_of_torchrun()
