@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptstore.engine import board as boards
 from ckptstore.engine.board import BEHIND_PAUSE_S, CALLER_PAUSE_S, Board
+from ckptstore.engine.greeting import AbsentError, greet
 from ckptstore.engine.told import Fields, error_fields, error_of
 from ckptstore.errors import CheckpointError, StorageError
 
@@ -54,7 +55,7 @@ class Crew:
         self.board = board
         self.rank, self.size = board.rank, board.size
         self.timeout_s = timeout_s
-        self._folder = folder
+        self._number, self._folder = next(_numbers) if folder is None else 0, folder
         self._turn = 0
         # Messages that everybody has read by the time that the next exchange, or the next outcome, is complete.
         self._asked: list[str] = []
@@ -65,12 +66,37 @@ class Crew:
         """Whether this is rank 0, who decides."""
         return self.rank == 0
 
-    def name(self) -> str:
-        """Unique for what begins here; the same on all ranks, as they all begin it in the same order."""
+    def name(self, what: str = "a start") -> str:
+        """Unique for ``what`` begins; the same on all ranks, as they all begin it in the same order.
+
+        Raises:
+            RanksError: the ranks have yet to greet each other, and one hasn't come.
+            StorageError: whoever keeps the messages is gone.
+        """
         if self._folder is None:
-            self._folder = f"ckptstore/{next(_numbers)}"
+            self._folder = self._greet(what)
         self._turn += 1
         return f"{self._folder}/{self._turn}"
+
+    def _greet(self, what: str) -> str:
+        try:
+            return greet(self.board, f"ckptstore/{self._number}", self.timeout_s, self._longer_s)
+        except AbsentError as error:
+            raise self._absent(error.ranks, what) from error
+
+    @property
+    def _longer_s(self) -> float:
+        """Twice: the others may have come later than this one, and rank 0 waits for them from when it came itself."""
+        return 2 * self.timeout_s + GRACE_S
+
+    def _absent(self, ranks: Sequence[int], what: str) -> RanksError:
+        if not self.leads:
+            return RanksError(f"rank 0 hasn't come to {what} within {self._longer_s:g} s", [0])
+        return RanksError(
+            f"{ranks_text(ranks)} of {self.size} hasn't come to {what} within {self.timeout_s:g} s: every rank must "
+            "call it, or open the store with ranks='one' where only one saves",
+            ranks,
+        )
 
     def exchange(
         self,
@@ -100,17 +126,15 @@ class Crew:
     def _exchange(
         self, what: str, message: Any, decide: Callable[[list[Any]], Any], error: CheckpointError | None
     ) -> Any:
-        name = self.name()
+        name = self.name(what)
         failed = error_fields(error) if error is not None else None
         boards.put(self.board, f"{name}/ask/{self.rank}", [what, message, failed])
         if self.leads:
             return self._lead(name, what, decide)
         key = f"{name}/answer/{self.rank}"
-        # Twice: the others may have come later than this one, and rank 0 waits for them from when it came itself.
-        waited_s = 2 * self.timeout_s + GRACE_S
-        found = boards.wait_for(self.board, [key], waited_s, longest_pause_s=CALLER_PAUSE_S)
+        found = boards.wait_for(self.board, [key], self._longer_s, longest_pause_s=CALLER_PAUSE_S)
         if key not in found:
-            raise RanksError(f"rank 0 hasn't come to {what} within {waited_s:g} s", [0])
+            raise self._absent([0], what)
         return _answer(found[key])
 
     def _lead(self, name: str, what: str, decide: Callable[[list[Any]], Any]) -> Any:
@@ -136,11 +160,7 @@ class Crew:
         keys = [f"{name}/ask/{rank}" for rank in range(self.size)]
         found = boards.wait_for(self.board, keys, self.timeout_s, longest_pause_s=CALLER_PAUSE_S)
         if missing := [rank for rank, key in enumerate(keys) if key not in found]:
-            raise RanksError(
-                f"{ranks_text(missing)} of {self.size} hasn't come to {what} within {self.timeout_s:g} s: every rank "
-                "must call it, or open the store with ranks='one' where only one saves",
-                missing,
-            )
+            raise self._absent(missing, what)
         if other := [rank for rank, key in enumerate(keys) if found[key][0] != what]:
             does = found[keys[other[0]]][0]
             raise RanksError(f"{ranks_text(other)} is at {does}, rank 0 at {what}: all must do the same", other)

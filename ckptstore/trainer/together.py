@@ -64,10 +64,7 @@ class Together(Boundary):
         if crew is None:
             return
         self._place = (crew.rank, crew.size)
-        if not self._evaluations.is_counted():
-            raise FormatError(
-                "evaluate= goes by time or metrics, which differ from rank to rank: write it in steps, epochs or tokens"
-            )
+        self._jointly.do("resume()", self._check_evaluations)
         counters = self._counters
         self._team = Team(
             crew,
@@ -80,6 +77,12 @@ class Together(Boundary):
         )
         if not crew.leads:
             self._listeners, self._on_step = [], []
+
+    def _check_evaluations(self) -> None:
+        if not self._evaluations.is_counted():
+            raise FormatError(
+                "evaluate= goes by time or metrics, which differ from rank to rank: write it in steps, epochs or tokens"
+            )
 
     @property
     def _follows(self) -> bool:
