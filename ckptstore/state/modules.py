@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _EXTRA = "_extra_state"
+_SHARDING = "torch.distributed.fsdp._fully_shard"
 
 
 def is_stateful(value: object) -> bool:
@@ -71,7 +72,7 @@ def _has_foreign(hooks: dict[int, object] | None) -> bool:
 def _only_reshards(hook: object) -> bool:
     """Whether a hook is that of ``fully_shard``, which has a module's parameters be its shards again."""
     function = getattr(hook, "hook", hook)
-    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp._fully_shard")
+    return (getattr(function, "__module__", None) or "").startswith(_SHARDING)
 
 
 def canonical_names(root: nn.Module) -> Callable[[str], str]:
@@ -101,6 +102,10 @@ def entries(root: nn.Module) -> dict[str, tuple[str, Any]]:
 
 def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name → parameter, also under its further names where it is tied."""
+    for part in root.modules():
+        # After an evaluation whole parameters stand in for the shards, which are what an optimizer knows.
+        if any(cls.__module__.startswith(_SHARDING) for cls in type(part).__mro__):
+            part.reshard()  # type: ignore[operator]
     canonical = canonical_names(root)
     return {canonical(name): value for name, value in root.named_parameters(remove_duplicate=False)}
 

@@ -34,10 +34,10 @@ def steps(options: Shared, size: int) -> dict[int, tuple[float, list[int]]]:
     [
         (4, 2, 5, "ddp ddp"),
         (2, 4, 6, "ddp ddp"),
-        (4, 2, 6, "fsdp ddp"),
+        (4, 3, 5, "fsdp fsdp"),
+        pytest.param(4, 2, 6, "fsdp ddp", marks=pytest.mark.full),
         pytest.param(4, 1, 7, "ddp ddp", marks=pytest.mark.full),
         pytest.param(1, 4, 6, "ddp ddp", marks=pytest.mark.full),
-        pytest.param(4, 3, 5, "fsdp fsdp", marks=pytest.mark.full),
         pytest.param(3, 2, 4, "ddp fsdp", marks=pytest.mark.full),
         pytest.param(4, 1, 7, "fsdp ddp", marks=pytest.mark.full),
     ],
