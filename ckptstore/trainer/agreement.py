@@ -53,6 +53,9 @@ class Agreement:
         gone: why a rank has left the others, None while it hasn't.
         timeout_s: how long one rank waits for another.
         pause: lets a thread wait so many seconds.
+
+    Attributes:
+        meeting: whether all meet just now.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Agreement:
         self._farthest = 0
         self._began = 0.0
         self._problem: str | None = None
-        self._finished, self._meeting = False, False
+        self._finished, self.meeting = False, False
 
     # -- the training thread -----------------------------------------------------------------------------
 
@@ -101,17 +104,17 @@ class Agreement:
         if position < self._next:
             return False
         # In this order: as soon as it isn't ahead any more, the watch thread may set the next hold.
-        self._meeting, self._next = True, _NEVER
+        self.meeting, self._next = True, _NEVER
         self._ahead_of_us = False
         return True
 
     def begin_meeting(self) -> None:
         """They meet where all know it by themselves: what is wanted is minded now, and needs no round of its own."""
-        self._meeting = True
+        self.meeting = True
 
     def end_meeting(self) -> None:
         """They go on."""
-        self._meeting = False
+        self.meeting = False
 
     def finish(self) -> None:
         """On rank 0, before it meets the others for the last time: no further round begins, and a running one ends.
@@ -145,7 +148,7 @@ class Agreement:
         return ROUND_PAUSE_S if self._held or self._missing is not None else IDLE_PAUSE_S
 
     def _lead(self) -> None:
-        is_free = self._missing is None and not self._ahead_of_us and not self._meeting
+        is_free = self._missing is None and not self._ahead_of_us and not self.meeting
         if is_free and (wanted := self._wants()) is not None:
             self._farthest, self._began = 0, time.monotonic()
             self._missing = list(range(1, self._board.size))

@@ -54,6 +54,7 @@ class Team:
         self._asks, self._heed = asks, heed
         # Messages of rank 0 so far, and how many of them are forgotten.
         self._count, self._forgotten = 0, 0
+        self._signs = 0
         self.agreement = Agreement(
             crew.board,
             self._folder,
@@ -79,23 +80,20 @@ class Team:
         if self._count % READ_EVERY == 0:
             self._forget()
 
-    def hear(self, busy: Callable[[], bool]) -> Said:
-        """On the others: what rank 0 says next.
-
-        Args:
-            busy: whether rank 0 may be waiting for something that this rank takes part in; no time counts meanwhile.
+    def hear(self) -> Said:
+        """On the others: what rank 0 says next. However long it does something for all: it is waited for.
 
         Raises:
-            SaveFailedError: it says nothing.
+            SaveFailedError: it says nothing, and isn't there.
             StorageError: the board is gone.
         """
         self._count += 1
         key, pause_s = self._said(self._count), FIRST_PAUSE_S
-        ends = time.monotonic() + self._timeout_s
+        ends, sign = time.monotonic() + self._timeout_s, self._sign()
         while (data := self._board.get(key)) is None:
-            if busy():
+            if pause_s >= CALLER_PAUSE_S and sign != (sign := self._sign()):
                 ends = time.monotonic() + self._timeout_s
-            elif time.monotonic() > ends:
+            if time.monotonic() > ends:
                 raise SaveFailedError(
                     f"rank {self.rank} waits for rank 0, which hasn't come for {self._timeout_s:g} s: every rank must "
                     "call step(), report(), save() and the end alike; rank_timeout= of the store is how long they wait"
@@ -119,6 +117,10 @@ class Team:
         data = self._board.get(f"{self._folder}/gone/{rank}")
         return None if data is None else data.decode()
 
+    def _sign(self) -> bytes | None:
+        """Another one each time that rank 0 is seen at a meeting."""
+        return self._board.get(f"{self._folder}/alive")
+
     def _forget(self) -> None:
         """Drop what all have read."""
         counts = [self._board.get(f"{self._folder}/read/{rank}") for rank in range(1, self.size)]
@@ -139,6 +141,9 @@ class Team:
             StorageError: the board is gone.
         """
         if self.leads:
+            if self.agreement.meeting:
+                self._signs += 1
+                self._board.put(f"{self._folder}/alive", str(self._signs).encode())
             for kind in ASKS:
                 key = f"{self._folder}/ask/{kind}"
                 if (text := self._board.get(key)) is not None:

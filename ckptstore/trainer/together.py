@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ckptstore.engine.background import SaveHandle
 from ckptstore.engine.saver import Durable
-from ckptstore.errors import CheckpointError, FormatError, StorageError
+from ckptstore.errors import CheckpointError, FormatError, SaveFailedError, StorageError
 from ckptstore.policy.guard import Divergence
 from ckptstore.policy.progress import Progress
 from ckptstore.trainer.boundary import Boundary
@@ -195,7 +195,7 @@ class Together(Boundary):
             raise
         finally:
             team.agreement.end_meeting()
-        team.say("done", stop=self._signals.stop)
+        team.say("done", stop=self._signals.stop, at=[self._counters.step, self._counters.epoch])
         return handle
 
     def _end_if_fatal(self) -> None:
@@ -212,10 +212,16 @@ class Together(Boundary):
     def _follow(self, team: Team, durable: Durable | None) -> SaveHandle | None:
         """Do what rank 0 says, until it goes on; the last save in the background."""
         self._undecided, handle = False, None
-        while (said := team.hear(self._saving.busy))["what"] in ("begin", "run"):
+        while (said := team.hear())["what"] in ("begin", "run"):
             handle = self._save_as_told(said, durable)
         if said["what"] != "done":
             raise raised(said)
+        here = [self._counters.step, self._counters.epoch]
+        if said["at"] != here:
+            raise SaveFailedError(
+                f"rank {team.rank} is at step {here[0]}, epoch {here[1]}, and rank 0 at step {said['at'][0]}, epoch "
+                f"{said['at'][1]}: every rank must call step(), report(), save() and end_epoch() alike"
+            )
         self._stopped = said["stop"]
         return handle
 

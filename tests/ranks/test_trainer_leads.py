@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed
 
 import ckptstore as cs
@@ -97,6 +98,8 @@ def failing(place: str, max_failures: int) -> tuple[list[str], Any, int]:
     """The disk of rank 1 is full once."""
 
     def train(loop: Loop) -> int:
+        # So each rank has something of its own to write.
+        torch.manual_seed(rank())
         for _ in range(300):
             loop.step()
             time.sleep(0.005)
@@ -346,3 +349,23 @@ def test_ordinary_steps_send_no_messages(store_path: Path) -> None:
     for ordinary, all_of_them in run(2, counting, str(store_path)):
         assert ordinary == 0
         assert all_of_them > 0
+
+
+def forgetting(place: str) -> tuple[list[str], Any]:
+    """Rank 1 doesn't report what the schedule goes by."""
+
+    def train(loop: Loop) -> str:
+        loop.step()
+        if rank() == 0:
+            loop.ckpt.report(val_loss=math.nan)
+        loop.step()
+        loop.ckpt.report(val_loss=math.nan)
+        return "done"
+
+    return told_by(train, place, save=cs.on_best("val_loss"), rank_timeout=5)
+
+
+def test_a_report_on_one_rank_only(store_path: Path) -> None:
+    """Whoever follows finds that it isn't where rank 0 is, instead of going on out of step."""
+    _, second = run(2, forgetting, str(store_path))
+    assert second[1].startswith("SaveFailedError: rank 1 is at step 2, epoch 0, and rank 0 at step 1, epoch 0")

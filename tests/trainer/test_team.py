@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,20 +30,16 @@ def made(board: MemoryBoard, timeout_s: float = 60, **more: Callable[..., Any]) 
     return Team(Crew(board, timeout_s=timeout_s, folder="job"), **given)
 
 
-def is_idle() -> bool:
-    return False
-
-
 def test_what_is_said_is_heard_in_order() -> None:
     """Also where one side is faster, and numbers that JSON has no words for."""
     zero, one = map(made, boards(2))
     zero.say("begin", facts={"loss": math.inf})
     zero.say("done")
-    assert one.hear(is_idle) == {"what": "begin", "facts": {"loss": math.inf}}
-    assert one.hear(is_idle)["what"] == "done"
+    assert one.hear() == {"what": "begin", "facts": {"loss": math.inf}}
+    assert one.hear()["what"] == "done"
     thread = threading.Timer(0.02, lambda: zero.say("late"))
     thread.start()
-    assert one.hear(is_idle) == {"what": "late"}
+    assert one.hear() == {"what": "late"}
     thread.join()
 
 
@@ -57,27 +54,46 @@ def test_messages_are_forgotten() -> None:
     for _ in range(3 * team.READ_EVERY):
         first.say("done")
     for _ in range(2 * team.READ_EVERY):
-        second.hear(is_idle)
+        second.hear()
     for _ in range(team.READ_EVERY):
-        third.hear(is_idle)
+        third.hear()
     for _ in range(team.READ_EVERY):
         first.say("done")
     assert kept() == set(range(team.READ_EVERY + 1, 4 * team.READ_EVERY + 1))
     for each in (second, third, third):
         for _ in range(team.READ_EVERY):
-            each.hear(is_idle)
+            each.hear()
     for _ in range(team.READ_EVERY):
         first.say("done")
     assert kept() == set(range(3 * team.READ_EVERY + 1, 5 * team.READ_EVERY + 1))
 
 
 def test_rank_0_says_nothing() -> None:
-    """No time counts while a save is under way that rank 0 may be waiting for."""
+    """After its deadline whoever waits gives up."""
     _, one = boards(2)
-    busy = iter([True, True, True])
-    with pytest.raises(SaveFailedError, match=r"rank 1 waits for rank 0, which hasn't come for 0\.001 s"):
-        made(one, timeout_s=0.001).hear(lambda: next(busy, False))
-    assert next(busy, "all were asked for") == "all were asked for"
+    with pytest.raises(SaveFailedError, match="rank 1 waits for rank 0, which hasn't come for"):
+        made(one, timeout_s=0.001).hear()
+
+
+def test_rank_0_has_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time counts while it is seen at a meeting."""
+    monkeypatch.setattr(team, "CALLER_PAUSE_S", 0.001)
+    zero, one = boards(2)
+    first, second = made(zero), made(one, timeout_s=0.05)
+    first.agreement.begin_meeting()
+    ends = time.monotonic() + 0.3
+
+    def work() -> None:
+        while time.monotonic() < ends:
+            first.tick()
+            time.sleep(0.002)
+        first.say("done")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert second.hear()["what"] == "done"
+    assert time.monotonic() >= ends
+    thread.join()
 
 
 def test_rank_0_has_ended() -> None:
@@ -85,9 +101,9 @@ def test_rank_0_has_ended() -> None:
     zero, one = map(made, boards(2))
     zero.say("done")
     zero.leave(KeyError("x"))
-    assert one.hear(is_idle)["what"] == "done"
+    assert one.hear()["what"] == "done"
     with pytest.raises(SaveFailedError, match="rank 0 has ended: KeyError: 'x'"):
-        one.hear(is_idle)
+        one.hear()
 
 
 def test_asking() -> None:
