@@ -51,6 +51,11 @@ class Checkpointer(Beginning):
     out. What is due at a step is saved before the next batch is fetched, so that it has the metrics which are reported
     in between; without ``batches`` it is saved in ``step``.
 
+    Under ``torch.distributed`` all ranks do the same, and save and resume together, on any number of ranks. Rank 0 says
+    what is saved and when: its clock, its metrics and its view of failures count, and only it prints, warns and tells
+    listeners. A signal to any rank, or a request, is minded by all at one step, that much ahead that no step waits for
+    messages. Random state and positions in the data are each rank's own.
+
     Attributes:
         store: where it saves.
         state: what it saves, by name; entries may be replaced while the run goes on.
@@ -106,7 +111,8 @@ class Checkpointer(Beginning):
             max_failures: after so many failed saves in a row the run ends with the last one's error.
             retry: how long after a failed save what is still asked for is tried again.
             signals: whether SIGTERM, SIGINT and SIGUSR1 are minded, from ``resume`` to ``close``.
-            deadline: how long after a signal the process ends in any case, saved or not; None waits.
+            deadline: how long after a signal the process ends in any case, saved or not; None waits. Under several
+                ranks all of them end.
             poll: how often to look for requests by ``ckptstore signal``; None never does.
             listeners: told what happens.
             on_saved, on_best, on_failed, on_resumed: single functions that are told.
@@ -236,7 +242,7 @@ class Checkpointer(Beginning):
 
         Args:
             loss: of this step; a tensor is read only when a checkpoint is saved.
-            tokens: that it learnt from.
+            tokens: that it learnt from; under several ranks those of all together, the same number on each.
             metrics: further values of this step, as ``loss``.
 
         Raises:
@@ -271,6 +277,8 @@ class Checkpointer(Beginning):
 
     def report(self, **metrics: Any) -> None:
         """Add metrics of the state as it is now, as of an evaluation, to what the next save records.
+
+        Of several ranks rank 0's values count; where ``save`` goes by one of them, all must report it.
 
         Raises:
             StateError: one is no number.

@@ -17,10 +17,11 @@ import torch
 from torch import distributed
 
 import ckptstore as cs
+from ckptstore.policy import budget
 from ckptstore.storage.local import LocalStorage
-from tests.background.holding import Fault
+from tests.background.holding import Fault, Gate
 from tests.ranks.processes import Failure, Ranks, run
-from tests.trainer.loops import Loop, listed
+from tests.trainer.loops import Loop, listed, settle
 
 
 class Told(cs.Listener):
@@ -369,3 +370,49 @@ def test_a_report_on_one_rank_only(store_path: Path) -> None:
     """Whoever follows finds that it isn't where rank 0 is, instead of going on out of step."""
     _, second = run(2, forgetting, str(store_path))
     assert second[1].startswith("SaveFailedError: rank 1 is at step 2, epoch 0, and rank 0 at step 1, epoch 0")
+
+
+def skipping(place: str) -> tuple[list[str], Any]:
+    """Rank 0 is slow to write, and doesn't wait for it."""
+
+    def train(loop: Loop) -> int:
+        torch.manual_seed(rank())
+        loop.step()
+        gate = Gate(LocalStorage, "open_writer", only=lambda *_, **__: rank() == 0)
+        with gate:
+            loop.step()
+            if rank() == 0:
+                gate.wait()
+            loop.step()
+            loop.step()
+        settle(loop.ckpt)
+        loop.step()
+        loop.step()
+        return loop.ckpt.stats().skipped
+
+    return told_by(train, place, save=cs.every(steps=2), when_busy="skip", final=False)
+
+
+def test_a_save_that_is_skipped_is_by_all(store_path: Path) -> None:
+    first, _ = run(2, skipping, str(store_path))
+    assert listed(str(store_path)) == [(2, ["every 2 steps"]), (6, ["every 2 steps"])]
+    assert first == (["saved 2", "saved 6"], 1)
+
+
+def budgeting(place: str) -> tuple[list[str], Any]:
+    def train(loop: Loop) -> None:
+        for _ in range(400):
+            loop.step()
+            time.sleep(0.002)
+
+    budget.FIRST_S = 0.05
+    return told_by(train, place, save=cs.budget("20%"), final=False)
+
+
+def test_a_budget(store_path: Path) -> None:
+    """By what rank 0's clock says."""
+    first, second = run(2, budgeting, str(store_path))
+    saved = listed(str(store_path))
+    assert saved[0][1] == ["budget, the first save"]
+    assert first == ([f"saved {step}" for step, _ in saved], None)
+    assert second == ([], None)
