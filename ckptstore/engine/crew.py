@@ -55,7 +55,8 @@ class Crew:
         self.board = board
         self.rank, self.size = board.rank, board.size
         self.timeout_s = timeout_s
-        self._number, self._folder = next(_numbers) if folder is None else 0, folder
+        self._number: int | None = None
+        self._folder = folder
         self._turn = 0
         # Messages that everybody has read by the time that the next exchange, or the next outcome, is complete.
         self._asked: list[str] = []
@@ -79,6 +80,9 @@ class Crew:
         return f"{self._folder}/{self._turn}"
 
     def _greet(self, what: str) -> str:
+        if self._number is None:
+            # Not before: a rank may look at stores by itself.
+            self._number = next(_numbers)
         try:
             return greet(self.board, f"ckptstore/{self._number}", self.timeout_s, self._longer_s)
         except AbsentError as error:

@@ -28,8 +28,8 @@ from ckptstore.errors import SaveFailedError
 _log = logging.getLogger("ckptstore")
 
 _NEVER = 1 << 62
-IDLE_PAUSE_S = 0.2
-"""Between two looks at the board while nobody wants to meet."""
+_IDLE_PAUSE_S = 0.2
+_MANY = 256
 ROUND_PAUSE_S = 0.01
 """The same while a round runs."""
 _HELD_PAUSE_S = 0.002
@@ -37,6 +37,11 @@ _PATIENCE_S = 1.0
 """After so long it is looked whether those who are missing have ended."""
 _GRACE_S = 2.0
 """How much longer training threads wait than watch threads, which know who is missing."""
+
+
+def idle_pause_s(size: int) -> float:
+    """Between two looks at the board while nobody wants to meet: of more ranks each looks less often."""
+    return _IDLE_PAUSE_S * max(1.0, size / _MANY)
 
 
 class Agreement:
@@ -145,7 +150,8 @@ class Agreement:
             self._lead()
         else:
             self._follow()
-        return ROUND_PAUSE_S if self._held or self._missing is not None else IDLE_PAUSE_S
+        is_round = self._held or self._missing is not None
+        return ROUND_PAUSE_S if is_round else idle_pause_s(self._board.size)
 
     def _lead(self) -> None:
         is_free = self._missing is None and not self._ahead_of_us and not self.meeting

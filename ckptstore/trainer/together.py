@@ -22,6 +22,7 @@ from ckptstore.engine.saver import Durable
 from ckptstore.errors import CheckpointError, FormatError, SaveFailedError, StorageError
 from ckptstore.policy.guard import Divergence
 from ckptstore.policy.progress import Progress
+from ckptstore.trainer.agreement import idle_pause_s
 from ckptstore.trainer.boundary import Boundary
 from ckptstore.trainer.decisions import Counted
 from ckptstore.trainer.guarding import error_of
@@ -31,8 +32,8 @@ from ckptstore.trainer.team import Said, Team, raised, told_of
 
 _log = logging.getLogger("ckptstore")
 
-AHEAD_S = 0.5
-"""How far ahead ranks agree to meet: messages take less, so that training doesn't wait for them."""
+_MARGIN_S = 0.3
+"""How much farther ahead ranks agree to meet than they need to hear of it: so training doesn't wait for messages."""
 
 
 class Together(Boundary):
@@ -65,11 +66,11 @@ class Together(Boundary):
             return
         self._place = (crew.rank, crew.size)
         self._jointly.do("resume()", self._check_evaluations)
-        counters = self._counters
+        counters, ahead_s = self._counters, idle_pause_s(crew.size) + _MARGIN_S
         self._team = Team(
             crew,
             position=lambda: counters.step + counters.epoch,
-            ahead=lambda: math.ceil(AHEAD_S * counters.steps_here / max(counters.elapsed_here_s, 1e-9)),
+            ahead=lambda: math.ceil(ahead_s * counters.steps_here / max(counters.elapsed_here_s, 1e-9)),
             wants=self._wants,
             told=self._told,
             asks=self._asks,
@@ -108,15 +109,16 @@ class Together(Boundary):
     def _asks(self) -> Iterator[tuple[str, str]]:
         """The others: what this rank wants of all, once."""
         signals = self._signals
+        # Each is done with only when it was passed on.
         if signals.save is not None:
-            why, signals.save = signals.save, None
-            yield "save", why
+            yield "save", signals.save
+            signals.save = None
         if signals.came is not None and "stop" not in self._asked:
-            self._asked |= {"stop"}
             yield "stop", str(signals.came[0])
+            self._asked |= {"stop"}
         if self._diverged is not None and "diverged" not in self._asked:
-            self._asked |= {"diverged"}
             yield "diverged", json.dumps(vars(self._diverged))
+            self._asked |= {"diverged"}
 
     def _heed(self, kind: str, what: str) -> None:
         """Rank 0: as if it had happened here."""
