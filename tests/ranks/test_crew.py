@@ -122,6 +122,6 @@ def test_the_board_is_gone() -> None:
         def put(self, key: str, data: bytes) -> None:
             raise StorageError("connection reset")
 
-    crew = Crew(Gone(1, 2, {}), timeout_s=5)
+    crew = Crew(Gone(1, 2, {}), timeout_s=5, folder="test")
     with pytest.raises(RanksError, match="at a save: connection reset"):
         crew.exchange("a save", 1, lambda m: 1)
