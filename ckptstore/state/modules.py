@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _EXTRA = "_extra_state"
-_SHARDING = "torch.distributed.fsdp._fully_shard"
 
 
 def is_stateful(value: object) -> bool:
@@ -72,7 +71,7 @@ def _has_foreign(hooks: dict[int, object] | None) -> bool:
 def _only_reshards(hook: object) -> bool:
     """Whether a hook is that of ``fully_shard``, which has a module's parameters be its shards again."""
     function = getattr(hook, "hook", hook)
-    return (getattr(function, "__module__", None) or "").startswith(_SHARDING)
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp._fully_shard")
 
 
 def canonical_names(root: nn.Module) -> Callable[[str], str]:
@@ -102,12 +101,19 @@ def entries(root: nn.Module) -> dict[str, tuple[str, Any]]:
 
 def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name → parameter, also under its further names where it is tied."""
-    for part in root.modules():
-        # After an evaluation whole parameters stand in for the shards, which are what an optimizer knows.
-        if any(cls.__module__.startswith(_SHARDING) for cls in type(part).__mro__):
-            part.reshard()  # type: ignore[operator]
+    _spread(root)
     canonical = canonical_names(root)
     return {canonical(name): value for name, value in root.named_parameters(remove_duplicate=False)}
+
+
+def _spread(root: nn.Module) -> None:
+    """After an evaluation by FSDP2 whole parameters may stand in for the shards, which are what optimizers know."""
+    # Where nobody uses it, it isn't imported.
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    if sharding is not None:
+        for part in root.modules():
+            if isinstance(part, sharding.FSDPModule):
+                part.reshard()
 
 
 def full_names(module: nn.Module, path: str) -> dict[str, nn.Parameter]:

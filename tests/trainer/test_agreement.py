@@ -18,6 +18,12 @@ from tests.ranks.boards import MemoryBoard, boards
 from tests.trainer.turns import Turns
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here goes by a clock, on however slow a machine."""
+    monkeypatch.setattr(agreement, "_PATIENCE_S", 1e9)
+
+
 class SlowBoard(MemoryBoard):
     """Before and after each call another thread may run. No training thread may call it."""
 
@@ -165,7 +171,7 @@ def test_all_meet_at_one_boundary(
 def test_something_is_met_for(size: int) -> None:
     """The simulation does come to meetings, several in one run."""
     dice = random.Random(1)
-    run = Run(size, 200, [2] * size, {5, 60, 120}, set(), lambda count: dice.randrange(count))
+    run = Run(size, 400, [2] * size, {5, 40, 80}, set(), lambda count: dice.randrange(count))
     run.go()
     assert len(run.ranks[0].met) == 3
     assert all(rank.met == run.ranks[0].met for rank in run.ranks)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import Any
 
-PATIENCE = 200_000
-"""So many turns without an end are none."""
+UNFAIR, PATIENCE = 20_000, 200_000
+"""After so many turns all get theirs, one after the other; so many without an end are none."""
 
 
 class Stuck(Exception):
@@ -96,4 +96,5 @@ class Turns:
         return self._trace
 
     def _next(self) -> None:
-        self._gates[self._alive[self._choose(len(self._alive))]].release()
+        count = len(self._alive)
+        self._gates[self._alive[self._choose(count) if self._turns < UNFAIR else self._turns % count]].release()
