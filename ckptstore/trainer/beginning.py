@@ -61,12 +61,12 @@ class Beginning(Together):
         config = self._config
         select = select if select is not None else (config.resume if config is not None else True)
         restore = restore or (config.restore if config is not None else Parts())
-        self._join()
         if self._minds_signals:
-            self._signals.install(with_ear=self._watch.has_deadline or self._team is not None)
-        # From here on: loading may take longer than a deadline allows.
-        self._watch.start(self._team)
+            self._signals.install(with_ear=self._watch.has_deadline or self.store.ranks is not None)
         try:
+            self._join()
+            # From here on: loading may take longer than a deadline allows.
+            self._watch.start(self._team)
             with ExitStack() as stack:
                 source = self._jointly.do(f"resume({select!r})", lambda: self._source(select, new_line, stack))
                 self._resumed = self._begin(source, select is True, restore, check)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +57,33 @@ def test_the_end(signum: signal.Signals, ranks: list[int], tmp_path: Path, whole
     assert run(options, 2) == [0, 0]
     for rank in range(2):
         check_same(notes(options, rank), notes(whole, rank))
+
+
+def test_at_random_moments(tmp_path: Path, whole: Shared, full: bool) -> None:
+    """Some ranks get it, at any time from before they load: all end alike, and the next run goes on exactly."""
+    choose = random.Random(7)
+    for number in range(30 if full else 2):
+        options = made(tmp_path / str(number), epochs=30, save="every(steps=5)")
+        (tmp_path / str(number)).mkdir()
+        ended: set[int] = set()
+        for _ in range(3):
+            begun = [len(notes(options, rank)) for rank in range(2)]
+            with started(replace(options, step_s=0.003), 2) as processes:
+                wait_for(lambda: all(len(notes(options, rank)) > begun[rank] for rank in range(2)))  # noqa: B023
+                time.sleep(choose.uniform(0, 1))
+                for rank in choose.choice([[0], [1], [0, 1]]):
+                    # Rarely it was faster.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(processes[rank].pid, signal.SIGTERM)
+                ended = {finish(process) for process in processes}
+            assert ended in ({143}, {0})
+            saved(options)
+            if ended == {0}:
+                break
+        if ended != {0}:
+            assert run(options, 2) == [0, 0]
+        for rank in range(2):
+            check_same(notes(options, rank), notes(whole, rank))
 
 
 def test_save_and_go_on(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 def test_a_rank_that_dies_is_started_again(tmp_path: Path, whole: Shared) -> None:
     """The others are ended by it, and all go on exactly. More than once, as gloo itself may hear of the job before."""
-    options = made(tmp_path, epochs=30, end_by="kill", end_at=17, breaks=1)
+    options = made(tmp_path, epochs=30, end_by="kill", end_at=17, breaks=1, more={"rank_timeout": 5})
     with torchrun(options, "--max-restarts=3") as job:
         assert job.wait(200) == 0
     assert len([note for note in notes(options, 0) if "resumed" in note]) >= 2
