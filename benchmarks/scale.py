@@ -214,7 +214,7 @@ def once(ranks: int) -> dict[str, Any]:
     store = ensure_store(job.storage)
     claim_writer(job.storage, store.store_id, above=0)
     board = DictBoard(0, ranks)
-    crew = Crew(board, timeout_s=600)
+    crew = Crew(board, timeout_s=600, folder="job")
     share = Share(crew, crew.name(), job.id, store, None, plan, agreed.tensors, agreed.parameters)
     part_bytes, entries, tree = _leave_parts(job, share, board)
     saver = _saver(job.storage, store, entries)

@@ -52,6 +52,8 @@ class Together(Boundary):
     _asked: frozenset[str] = frozenset()
     # A metric was reported that the schedule goes by.
     _news = False
+    # The signal that rank 0 has got when all met last.
+    _stopped: int | None = None
 
     def _join(self) -> None:
         """Be one of the ranks of this job, if there are several.
@@ -226,8 +228,6 @@ class Together(Boundary):
             )
         self._stopped = said["stop"]
         return handle
-
-    _stopped: int | None = None
 
     def _save_as_told(self, said: Said, durable: Durable | None) -> SaveHandle | None:
         counters = self._counters
