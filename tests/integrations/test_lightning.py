@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 import ckptstore as cs
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StateError
+from tests.ranks import processes as ranks
 from tests.trainer import processes
 from tests.trainer.processes import check_same
 
@@ -237,3 +239,26 @@ def test_without_lightning(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'ckptstore[lightning]'" in done.stderr.splitlines()[-1]
+
+
+def on_rank(place: str) -> str:
+    """Lightning lets rank 0 save, and all load."""
+    io = CkptStoreIO(place)
+    checkpoint = {"state_dict": {"weight": torch.ones(2)}, "global_step": 3}
+    if distributed.get_rank() == 0:
+        io.save_checkpoint(checkpoint, f"{place}.ckpt")
+    distributed.barrier()
+    loaded = io.load_checkpoint(f"{place}.ckpt")
+    assert loaded["state_dict"]["weight"].tolist() == [1.0, 1.0]
+    try:
+        CkptStoreIO(cs.open(place)).save_checkpoint(checkpoint, f"{place}.ckpt")
+    except cs.StateError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.full
+def test_one_rank_saves_for_all(store_path: Path) -> None:
+    """Others aren't waited for; a store that would wait for them is refused."""
+    for text in ranks.run(2, on_rank, str(store_path)):
+        assert "open the store with ranks='one'" in text
