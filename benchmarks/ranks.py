@@ -104,8 +104,8 @@ def _together(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _save(folder: str, rounds: int, seconds: dict[str, list[float]]) -> None:
-    state = sharded(gpt2_adamw())
+def _save(folder: str, rounds: int, width: int, seconds: dict[str, list[float]]) -> None:
+    state = sharded(gpt2_adamw(width))
     subjects = {name: MAKERS[name](f"{folder}/{name}") for name in SUBJECTS}
     for number in range(-1, rounds):
         for name, subject in subjects.items():
@@ -119,8 +119,8 @@ def _save(folder: str, rounds: int, seconds: dict[str, list[float]]) -> None:
             distributed.barrier()
 
 
-def _load(folder: str, rounds: int, seconds: dict[str, list[float]]) -> None:
-    state = sharded({name: torch.empty_like(whole) for name, whole in gpt2_adamw().items()})
+def _load(folder: str, rounds: int, width: int, seconds: dict[str, list[float]]) -> None:
+    state = sharded({name: torch.empty_like(whole) for name, whole in gpt2_adamw(width).items()})
     subjects = {name: MAKERS[name](f"{folder}/{name}") for name in SUBJECTS}
     for number in range(-1, rounds):
         for name, subject in subjects.items():
@@ -131,20 +131,20 @@ def _load(folder: str, rounds: int, seconds: dict[str, list[float]]) -> None:
                 seconds[name].append(took)
 
 
-def _main(rank: int, size: int, port: int, job: str, folder: str, rounds: int, out: str) -> None:
+def _main(rank: int, size: int, port: int, job: str, folder: str, rounds: int, width: int, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     distributed.init_process_group("gloo")
     seconds: dict[str, list[float]] = {name: [] for name in SUBJECTS}
-    (_save if job == "save" else _load)(folder, rounds, seconds)
+    (_save if job == "save" else _load)(folder, rounds, width, seconds)
     if rank == 0:
         Path(out).write_text(json.dumps(seconds))
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _run(size: int, job: str, folder: str, rounds: int) -> dict[str, list[float]]:
+def _run(size: int, job: str, folder: str, rounds: int, width: int) -> dict[str, list[float]]:
     from torch.multiprocessing import start_processes
 
     with socket.socket() as found:
@@ -152,22 +152,25 @@ def _run(size: int, job: str, folder: str, rounds: int) -> dict[str, list[float]
         port = found.getsockname()[1]
     with tempfile.TemporaryDirectory() as place:
         out = f"{place}/seconds.json"
-        start_processes(_main, (size, port, job, folder, rounds, out), nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
+        start_processes(_main, (size, port, job, folder, rounds, width, out), nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
         seconds: dict[str, list[float]] = json.loads(Path(out).read_text())
     return seconds
 
 
-def measure(folder: str, rounds: int, *, tell: Tell | None = None) -> dict[str, Any]:
-    """Seconds of durable saves by four ranks, and of cold loads by two, by subject; and the bytes stored."""
+def measure(folder: str, rounds: int, *, width: int = 768, tell: Tell | None = None) -> dict[str, Any]:
+    """Seconds of durable saves by four ranks, and of cold loads by two, by subject; and the bytes stored.
+
+    ``width``: of the model, GPT-2's by default.
+    """
     folder = os.path.abspath(folder)
     if tell is not None:
         tell(f"{SAVERS} ranks save", 0, 2)
-    saves = _run(SAVERS, "save", folder, rounds)
+    saves = _run(SAVERS, "save", folder, rounds, width)
     stored = {name: stored_bytes(Path(folder, name)) for name in SUBJECTS}
     if tell is not None:
         tell(f"{LOADERS} ranks load", 1, 2)
-    loads = _run(LOADERS, "load", folder, rounds)
-    size = sum(tensor.nbytes for tensor in gpt2_adamw().values())
+    loads = _run(LOADERS, "load", folder, rounds, width)
+    size = sum(tensor.nbytes for tensor in gpt2_adamw(width).values())
     return {
         "bytes": size,
         "savers": SAVERS,

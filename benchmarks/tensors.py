@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 
-def gpt2_adamw() -> dict[str, torch.Tensor]:
+def gpt2_adamw(width: int = 768, layers: int = 12, tokens: int = 50257) -> dict[str, torch.Tensor]:
     """GPT-2 124M in fp32 with AdamW's two moments: 148 parameters, 444 tensors, 1.49 GB of random numbers.
 
     Shapes: https://huggingface.co/openai-community/gpt2 (12 layers, 768 wide, 50257 tokens, 1024 positions).
     """
-    width, layers = 768, 12
-    shapes = {"wte.weight": (50257, width), "wpe.weight": (1024, width)}
+    shapes = {"wte.weight": (tokens, width), "wpe.weight": (1024, width)}
     for layer in range(layers):
         block = {
             "ln_1.weight": (width,),

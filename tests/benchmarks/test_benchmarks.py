@@ -26,9 +26,11 @@ from benchmarks import (
     loops,
     memory,
     policies,
+    ranks,
     results,
     s3costs,
     savers,
+    scale,
     trainer,
     training,
     verify,
@@ -80,8 +82,11 @@ SMALL: dict[str, Measure] = {
     "verify": lambda folder: verify.measure(folder, 1, size=TINY),
     "growth": lambda folder: growth.measure(folder, 1, sizes_bytes=(2 << 20, 4 << 20), counts=(10, 20)),
     "codec": lambda folder: codec.measure(1),
+    "ranks": lambda folder: ranks.measure(folder, 1, width=8),
+    "scale": lambda folder: scale.measure(folder, 1, sizes=(2, 3)),
     "s3": buckets,
 }
+LONG = ("ranks", "s3")
 
 
 def test_none_is_left_out() -> None:
@@ -90,7 +95,7 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # ZipNN uses it
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name == "s3" else ()) for name in SMALL])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in LONG else ()) for name in SMALL])
 def test_measures_and_makes_a_table(name: str, tmp_path: Path) -> None:
     """What a benchmark finds can be kept as JSON, and the table has a line of it."""
     if name not in possible():
