@@ -16,7 +16,7 @@ from tests.ranks.killing import CASES, SUCCESS, Moment, arm
 from tests.ranks.processes import Failure, Ranks
 
 TIMEOUT_S = 5.0
-SAMPLE = 7
+SAMPLE = 11
 """Of so many cases one is run, unless all are wanted."""
 
 

@@ -348,7 +348,7 @@ def test_a_load_of_what_is_taken_away_meanwhile_repairs_nothing() -> None:
     older = min(s.wanted)
     with opened_with(s.primary, *s.backups) as store:
         known = store.resolve(older)
-        with silence() as caught, store._loading(known, None) as loader:
+        with silence() as caught, store.loading(known, None) as loader:
             for key in [key for key in s.primary.listing() if older in key]:
                 s.primary.remove(key)
             assert flat(loader.plain(known, None)) == dict(s.wanted[older])
