@@ -82,7 +82,9 @@ def _scale(measured: dict[str, Any], path: Path) -> Path:
     axes.set_xticklabels([str(n) for n in ranks])
     axes.minorticks_off()
     axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize="small")
+    # Above all lines.
+    axes.set_ylim(top=1e4)
+    axes.legend(fontsize="small", ncols=2, loc="upper left")
     return _keep(figure, path)
 
 
