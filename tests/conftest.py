@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # The sample is the same at every run, so that a change is judged by itself; the full run looks elsewhere each time.
-settings.register_profile("sampled", max_examples=30, stateful_step_count=25, deadline=None, derandomize=True)
+settings.register_profile("sampled", max_examples=20, stateful_step_count=20, deadline=None, derandomize=True)
 settings.register_profile(
     "full", max_examples=500, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck)
 )

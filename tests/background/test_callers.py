@@ -74,7 +74,9 @@ threading.Thread(target=late).start()
 
 
 @pytest.mark.parametrize("mode", ["async", pytest.param("overlapped", marks=pytest.mark.full)])
-@pytest.mark.parametrize("begun", BEGUN)
+@pytest.mark.parametrize(
+    "begun", [pytest.param(one, marks=pytest.mark.full if one == "a daemon thread" else ()) for one in BEGUN]
+)
 def test_a_save_outlives_whoever_began_it(store_path: Path, begun: str, mode: str) -> None:
     """Python ends only when it is durable, also where it drops the caller, or has waited for threads already."""
     run(BEGUN[begun], str(store_path), mode)

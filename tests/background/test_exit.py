@@ -97,7 +97,15 @@ SAMPLED = {"SIGKILL"}
 """The ends that are tried in both modes in every run; the others in both only in the complete one."""
 
 
-RARE = {"Ctrl-C twice", "Ctrl-C until it is abandoned", "os._exit", "sys.exit", "an exception"}
+RARE = {
+    "Ctrl-C twice",
+    "Ctrl-C until it is abandoned",
+    "Ctrl-C, and again in close",
+    "os._exit",
+    "sys.exit",
+    "an exception",
+    "no reference is left",
+}
 """Those that differ little from another one: only in the complete run."""
 
 

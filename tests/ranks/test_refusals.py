@@ -24,7 +24,7 @@ def outcomes(
     tmp_path_factory: pytest.TempPathFactory, full: bool
 ) -> tuple[Path, list[dict[str, tuple[str, str, float]]]]:
     folder = tmp_path_factory.mktemp("refusals")
-    names = [name for name in FAIL if full or name not in SLOW[:2]]
+    names = [name for name in FAIL if full or name not in SLOW]
     return folder, run(4, run_all, str(folder), names)
 
 

@@ -20,7 +20,7 @@ from tests.s3.cases import BUCKET, OPERATIONS, Operation, World, check, requests
 from tests.s3.kinds import KINDS, Kind
 from tests.s3.wire import FaultyServer, Request
 
-EVERY = 29
+EVERY = 41
 """A sampled run takes one in so many cases, all those of the request that commits, and of ``BLINDING``."""
 
 BLINDING = {"404", "empty 200", "flipped on the way down"}
