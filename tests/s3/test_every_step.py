@@ -23,7 +23,7 @@ from tests.s3.writer import STALE, opened
 from tests.s3.writing import Writer, check, check_end, writing
 
 BACKUP = "s3://bucket/runs/a"
-EVERY = 47
+EVERY = 71
 """Of so many requests, a sampled run breaks one, once before and once after it."""
 HANG_S = 60.0
 

@@ -66,7 +66,7 @@ def play(client: Any, bucket: str, examples: int, steps: int) -> None:
 @pytest.mark.timeout(1800)
 def test_any_history(aws: None, server: Seaweed, bucket: str, full: bool) -> None:
     """A few short ones, each call taking milliseconds here; more and longer ones in the full run."""
-    play(server.client(), bucket, *((20, 25) if full else (2, 6)))
+    play(server.client(), bucket, *((20, 25) if full else (1, 8)))
 
 
 @pytest.mark.timeout(1800)
@@ -78,4 +78,4 @@ def test_any_history_in_memory(monkeypatch: pytest.MonkeyPatch, full: bool) -> N
         for name, value in (access | {"AWS_ENDPOINT_URL": endpoint}).items():
             monkeypatch.setenv(name, value)
         client = get_session().create_client("s3", config=Config(s3={"addressing_style": "path"}))
-        play(client, "bucket", *((20, 25) if full else (2, 6)))
+        play(client, "bucket", *((20, 25) if full else (1, 8)))
