@@ -210,6 +210,8 @@ def test_objects_with_a_state(store: cs.Store) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchdata") is None, reason="torchdata is not installed")
+# What torchdata asks torch for.
+@pytest.mark.filterwarnings("ignore:.*set_vital")
 def test_a_stateful_loader(store: cs.Store) -> None:
     """``StatefulDataLoader`` goes on at the next batch."""
     from torchdata.stateful_dataloader import StatefulDataLoader
