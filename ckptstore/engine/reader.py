@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ckptstore.engine.buffers import BufferPool, copy_bytes
 from ckptstore.engine.contents import Contents, DataFile, Rescue
@@ -143,22 +143,22 @@ def read_pieces(
     """
     plan = []
     for file in contents.files:
-        takers = [_wanted(contents, file, row, wanted) for row in range(len(file.stream.rows))]
-        if blocks := _wanted_blocks(file, takers):
-            plan.append((file, takers, blocks))
-    total = sum(file.entry.blocks[number].length for file, _, blocks in plan for number, _ in blocks)
+        takers = [wanted.get(file.name(row)) for row in range(len(file.stream.rows))]
+        boxes = _boxes(contents, file, takers)
+        if blocks := _wanted_blocks(file, takers, boxes):
+            plan.append((file, takers, boxes, blocks))
+    total = sum(file.entry.blocks[number].length for file, *_, blocks in plan for number, _ in blocks)
     meter = Meter(total, progress)
-    for file, takers, blocks in plan:
+    for file, takers, boxes, blocks in plan:
         with closing(open_file(storage, file, contents.commit.id, rescue, at_once=False)) as reader:
             tasks = (BlockTask(file, reader, number, pieces) for number, pieces in blocks)
-            deliver = partial(_deliver, takers, take, meter)
+            deliver = partial(_deliver, takers, boxes, take, meter)
             check_blocks(contents, tasks, deliver, pool=pool, threads=threads, rescue=rescue)
 
 
-class _Wanted(NamedTuple, Generic[T]):
-    """A stored tensor of which somebody wants something."""
+class _Boxes(NamedTuple):
+    """Where a stored tensor lies in the whole one, and what is wanted of that."""
 
-    taker: T
     stored: Region
     target: Region
     item: int
@@ -166,47 +166,55 @@ class _Wanted(NamedTuple, Generic[T]):
 
     def runs(self, piece: Piece) -> Iterator[Run]:
         """Which bytes of a piece are wanted, and where they go."""
-        if self.stored == self.target:
-            return iter((Run(piece.begin, piece.begin, piece.length),))
         return runs(self.stored, self.target, self.item, piece.begin, piece.begin + piece.length)
 
 
-def _wanted(contents: Contents, file: DataFile, row: int, wanted: Mapping[str, T]) -> _Wanted[T] | None:
-    name = file.name(row)
-    taker = wanted.get(name)
-    if taker is None:
-        return None
-    target = Region.whole(contents.tensors[name].shape) if taker.region is None else Region(*taker.region)
-    return _Wanted(taker, file.region(row), target, ITEM_BYTES[file.stream.rows[row].dtype])
+def _boxes(contents: Contents, file: DataFile, takers: Sequence[Taker | None]) -> dict[int, _Boxes]:
+    """By row, what isn't a whole tensor for whom wants a whole one: of those there may be 100,000."""
+    found: dict[int, _Boxes] = {}
+    sharded = bool(file.entry.tensors.shards)
+    for row, taker in enumerate(takers):
+        if taker is None or not (sharded or taker.region is not None):
+            continue
+        region = taker.region
+        target = Region.whole(contents.tensors[file.name(row)].shape) if region is None else Region(*region)
+        found[row] = _Boxes(file.region(row), target, ITEM_BYTES[file.stream.rows[row].dtype])
+    return found
 
 
-def _wanted_blocks(file: DataFile, takers: Sequence[_Wanted[T] | None]) -> list[tuple[int, list[Piece]]]:
+def _wanted_blocks(
+    file: DataFile, takers: Sequence[object], boxes: Mapping[int, _Boxes]
+) -> list[tuple[int, list[Piece]]]:
     if all(taker is None for taker in takers):
         return []
+
+    def is_wanted(piece: Piece) -> bool:
+        if takers[piece.row] is None:
+            return False
+        return piece.row not in boxes or next(boxes[piece.row].runs(piece), None) is not None
+
     numbered = ((number, file.stream.pieces(number)) for number in range(len(file.entry.blocks)))
-    found = [
-        (number, [piece for piece in pieces if _is_wanted(takers[piece.row], piece)]) for number, pieces in numbered
-    ]
+    found = [(number, [piece for piece in pieces if is_wanted(piece)]) for number, pieces in numbered]
     return [(number, pieces) for number, pieces in found if pieces]
 
 
-def _is_wanted(taker: _Wanted[T] | None, piece: Piece) -> bool:
-    return taker is not None and next(taker.runs(piece), None) is not None
-
-
 def _deliver(
-    takers: Sequence[_Wanted[T] | None],
+    takers: Sequence[T | None],
+    boxes: Mapping[int, _Boxes],
     take: Callable[[T, int, memoryview], None],
     meter: Meter,
     task: BlockTask,
     raw: memoryview,
 ) -> None:
     for piece in task.pieces:
-        wanted = takers[piece.row]
-        assert wanted is not None
-        for source, target, length in wanted.runs(piece):
+        taker = takers[piece.row]
+        assert taker is not None
+        if piece.row not in boxes:
+            take(taker, piece.begin, raw[piece.offset : piece.offset + piece.length])
+            continue
+        for source, target, length in boxes[piece.row].runs(piece):
             at = piece.offset + source - piece.begin
-            take(wanted.taker, target, raw[at : at + length])
+            take(taker, target, raw[at : at + length])
     meter.add(task.file.entry.blocks[task.number].length)
 
 
