@@ -17,6 +17,7 @@ from ckptstore.engine.commit import read_fate
 from ckptstore.engine.contents import Contents, DataFile, read_contents
 from ckptstore.engine.plan import PlannedFile
 from ckptstore.engine.reader import BlockTask, check_blocks, open_file
+from ckptstore.engine.workers import run
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError, SaveFailedError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
@@ -118,13 +119,14 @@ def owners(id: CheckpointId, files: Sequence[FileFacts]) -> list[str]:
     return sorted({file.owner for file in files} - {str(id)}, key=parse_id)
 
 
-def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileFacts]) -> None:
-    """Nothing, if every file lies where it should.
+def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileFacts], *, requests: int = 1) -> None:
+    """Nothing, if every file lies where it should; so many are asked for at a time.
 
     Raises:
         SaveFailedError: somebody who took this save for dead may have begun to collect it.
     """
-    for file in files:
+
+    def check(file: FileFacts) -> None:
         key = file.key
         try:
             size = storage.size(key)
@@ -136,6 +138,8 @@ def check_files(storage: Storage, id: CheckpointId, files: Sequence[FileFacts]) 
             ) from error
         if size != file.stored_bytes:
             raise SaveFailedError(f"{key} has {size} bytes, {file.stored_bytes} were written", id=str(id), step=id.step)
+
+    run(iter(files), check, threads=requests)
 
 
 def is_safe(storage: Storage, lender: CheckpointId, borrowed: Sequence[FileFacts]) -> bool:

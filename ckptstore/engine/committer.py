@@ -54,6 +54,10 @@ class Told:
     ranks: int = 1
 
 
+RANK_REQUESTS = 16
+"""Of rank 0 at a time, when it looks at what the others have written."""
+
+
 @dataclass(frozen=True)
 class Committer:
     """Commits under one writer's number."""
@@ -74,7 +78,7 @@ class Committer:
         write: Callable[[], Sealed256],
         *,
         last_look: Callable[[CommitRecord], None] = lambda record: None,
-        look_at: Callable[[Sequence[FileFacts]], None] | None = None,
+        requests: int = 1,
         give_up: Callable[[BaseException], None] = lambda error: None,
     ) -> CommitRecord:
         """Write, look, commit.
@@ -83,7 +87,7 @@ class Committer:
             files: filled by ``write``.
             write: writes data, parts and manifest, and gives size and digest of that.
             last_look: is asked right before the commit.
-            look_at: whether each file lies where it should; one after the other without it.
+            requests: at a time, to see whether each file lies where it should.
             give_up: is told of a failure before anything is removed.
 
         Raises:
@@ -95,7 +99,7 @@ class Committer:
             record = self._record(id, told, files, manifest)
             # Its numbers are longer now than in the first try.
             seal(record)
-            (look_at or (lambda files: check_files(self.storage, id, files)))(files)
+            check_files(self.storage, id, files, requests=requests)
             last_look(record)
             self.check_fence()
         except BaseException as error:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ckptstore.engine.borrow import FileFacts, Lender, ReportedFile, check_files, is_safe
+from ckptstore.engine.borrow import Lender, ReportedFile, is_safe
 from ckptstore.engine.commit import condemn, read_fate
-from ckptstore.engine.committer import Told
+from ckptstore.engine.committer import RANK_REQUESTS, Told
 from ckptstore.engine.contents import read_sealed
 from ckptstore.engine.crew import ranks_text
 from ckptstore.engine.saver import Job, Saver
@@ -39,9 +39,6 @@ from ckptstore.format.records import (
     PartRecord,
     Sealed256,
 )
-
-_REQUESTS = 16
-"""Of rank 0 at a time, when it looks at what the others have written."""
 
 
 class JointSaver:
@@ -116,7 +113,7 @@ class JointSaver:
             told,
             files,
             write,
-            look_at=lambda files: self._check_files(id, files),
+            requests=RANK_REQUESTS,
             give_up=lambda error: self._condemn(id, error),
         )
         self._check_borrowed(id, files, vias)
@@ -156,10 +153,7 @@ class JointSaver:
                     id, f"its part is not what rank 0 finds, as if they hadn't one storage in common ({error})", [rank]
                 ) from error
 
-        run(iter(range(self._crew.size)), read, threads=_REQUESTS)
-
-    def _check_files(self, id: CheckpointId, files: Sequence[FileFacts]) -> None:
-        run(iter(files), lambda file: check_files(self._storage, id, [file]), threads=_REQUESTS)
+        run(iter(range(self._crew.size)), read, threads=RANK_REQUESTS)
 
     def _check_borrowed(self, id: CheckpointId, files: Sequence[ReportedFile], vias: set[str]) -> None:
         """Nothing, if what was borrowed will stay; asked after the commit."""

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from ckptstore.engine.borrow import check_files
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.claim import Claim
 from ckptstore.engine.commit import condemn
-from ckptstore.engine.committer import Committer, Told
+from ckptstore.engine.committer import RANK_REQUESTS, Committer, Told
 from ckptstore.engine.contents import Contents, read_part
 from ckptstore.engine.crew import ranks_text
 from ckptstore.engine.facts import Facts
@@ -33,9 +32,6 @@ from ckptstore.errors import (
 )
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import CommitRecord, FileEntry, PartEntry, PartRecord, Sealed256, StoreRecord
-
-_REQUESTS = 16
-"""Of the first rank at a time, when it looks at what the others have written."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,7 @@ class PlannedSaves:
             SaveFailedError: certainly not committed: a part is missing or another one than was reported.
             CommitUnknownError, StaleWriterError, UnavailableError: as ``Store.save``.
         """
-        committer, storage = self._committer(place.store), self._tools.storage
+        committer = self._committer(place.store)
         parts: list[PartRecord] = []
         files: list[FileEntry] = []
 
@@ -199,9 +195,7 @@ class PlannedSaves:
                 files,
                 write,
                 last_look=last_look,
-                look_at=lambda files: run(
-                    iter(files), lambda f: check_files(storage, place.id, [f]), threads=_REQUESTS
-                ),
+                requests=RANK_REQUESTS,
                 give_up=lambda error: self._give_up(place, error),
             )
         checkpoint = Checkpoint.of(record)
@@ -226,7 +220,7 @@ class PlannedSaves:
                 raise self._failed(place, entry, "it took part in another save")
             found[entry.rank] = part
 
-        run(iter(entries), read, threads=min(_REQUESTS, max(len(entries), 1)))
+        run(iter(entries), read, threads=min(RANK_REQUESTS, max(len(entries), 1)))
         return [found[entry.rank] for entry in entries]
 
     def _failed(self, place: Place, entry: PartEntry, why: str) -> SaveFailedError:

@@ -310,13 +310,7 @@ def _stray(regions: Mapping[Region, Sequence[int]], missing: set[int]) -> list[i
     seen: list[Region] = []
     stray: set[int] = set()
     for region, ranks in regions.items():
-        if any(_overlap(region, other) for other in seen):
+        if any(region.within(other) is not None for other in seen):
             stray |= set(ranks)
         seen.append(region)
     return sorted(stray or missing)
-
-
-def _overlap(one: Region, other: Region) -> bool:
-    return all(
-        a < b + m and b < a + n for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-    )

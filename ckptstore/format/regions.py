@@ -59,13 +59,11 @@ def runs(source: Region, target: Region, item: int, begin: int, end: int) -> Ite
 
     Both are boxes of the same tensor, stored in C order, with elements of ``item`` bytes.
     """
-    low = [max(a, b) for a, b in zip(source.offset, target.offset, strict=True)]
-    high = [
-        min(a + n, b + m)
-        for a, n, b, m in zip(source.offset, source.shape, target.offset, target.shape, strict=True)
-    ]  # fmt: skip
-    if any(a >= b for a, b in zip(low, high, strict=True)) or end <= begin:
+    shared = source.within(target)
+    if shared is None or end <= begin:
         return
+    low = [a + b for a, b in zip(target.offset, shared.offset, strict=True)]
+    high = [a + n for a, n in zip(low, shared.shape, strict=True)]
     strides = _strides(source.shape, item), _strides(target.shape, item)
     depth = _depth(source.shape, target.shape, low, high)
     length = item if not low else (high[depth] - low[depth]) * strides[0][depth]
