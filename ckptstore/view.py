@@ -12,16 +12,17 @@ from typing import Any, Literal, overload
 from ckptstore.engine.backups import Backup
 from ckptstore.engine.buffers import POOL_BYTES, BufferPool
 from ckptstore.engine.candidates import Candidates
-from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_holds
+from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
 from ckptstore.engine.commit import new_store
 from ckptstore.engine.contents import Contents, read_contents
 from ckptstore.engine.crew import Crew, find_crew
-from ckptstore.engine.damage import DamageWarning, warn_damaged
+from ckptstore.engine.damage import warn_damaged
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.joint_load import JointLoad
 from ckptstore.engine.loader import Loaded, Loader
 from ckptstore.engine.rescue import Rescuer
 from ckptstore.engine.saver import Tools
+from ckptstore.engine.tensorreader import BlockCache, TensorReader
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import (
     CheckpointError,
@@ -31,13 +32,13 @@ from ckptstore.errors import (
     NotFoundError,
     StateError,
 )
-from ckptstore.format import layout
 from ckptstore.maintenance import keep
 from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
+from ckptstore.maintenance.mend import Mender
 from ckptstore.maintenance.receipts import Lag, lags
 from ckptstore.maintenance.repair import Repairer, is_there
 from ckptstore.maintenance.replicate import Replicator
-from ckptstore.maintenance.retire import given_up, judged
+from ckptstore.maintenance.retire import judged
 from ckptstore.maintenance.transfer import Carrier
 from ckptstore.maintenance.verify import VerifyReport, prove, verify
 from ckptstore.policy.judge import Judgement
@@ -306,44 +307,39 @@ class View:
             yield self._loader(home, progress, rescuer)
         # All is loaded by now: what fails from here on is no failure of the load.
         with suppress(CheckpointError):
+            mender = Mender(self._storage, self._finder, self._carrier, self._keep, self._replicators, self._read_only)
             if rescuer.met and is_there(home, checkpoint):
-                self._repair(home, rescuer)
+                mender.repair(home, rescuer)
             if not self._read_only and (self.ranks is None or self.ranks.leads):
-                self._restore(checkpoint, home)
+                mender.restore(checkpoint, home)
 
     def _loader(self, home: Storage, progress: Progress | None, rescuer: Rescuer | None = None) -> Loader:
         tools, crew = self._tools, self.ranks
         rank, size = (crew.rank, crew.size) if crew is not None else (0, 1)
         return Loader(home, tools.pool, tools.threads, progress, rescuer, rank, size)
 
-    def _repair(self, home: Storage, rescuer: Rescuer) -> None:
-        first, more = rescuer.met[0], len(rescuer.met) - 1
-        told = f"{first.problem}{f', and {more} more' if more else ''}; the good bytes came from a backup"
-        if self._read_only:
-            warnings.warn(f"{told}. Nothing was repaired: opened read-only", DamageWarning, stacklevel=5)
-            return
-        failures = Repairer(home, rescuer.others, self._carrier).noted(rescuer)
-        how = f"repairing it failed: {failures[0]}" if failures else "it is repaired"
-        warnings.warn(f"{told}, and {how}", DamageWarning, stacklevel=5)
+    @contextmanager
+    def reader(self, selector: str, *, cache: BlockCache | None = None) -> Iterator[TensorReader]:
+        """Any bytes of any tensor of a checkpoint, in any order, without its state: for what looks at large ones.
 
-    def _restore(self, checkpoint: Checkpoint, home: Storage) -> None:
-        """Have the primary be whole where it has lost what no load needs: store.json, or all of ``checkpoint``."""
-        if self._finder.store_record() is None:
-            repairer = Repairer(self._storage, self._finder.backups.storages, self._carrier)
-            repairer.records([Damage(layout.STORE, "")], checkpoint.record.store_id)
-        if home is not self._storage:
-            self._bring_back(checkpoint, home)
+        Args:
+            selector: see ``resolve``.
+            cache: the memory for it, which several readers may share; 256 MiB of its own by default.
 
-    def _bring_back(self, checkpoint: Checkpoint, home: Storage) -> None:
-        """Have the primary hold what was loaded; all that it should have, where it has lost everything."""
-        found = self._finder.view()
-        missed = [c for c in reversed(found.checkpoints) if found.elsewhere.get(c.id) is home]
-        lost_all = len(missed) == len(found.checkpoints)
-        gone = set() if self._keep is None else given_up(self._keep, found.checkpoints)
-        wanted = [c for c in (missed if lost_all else [checkpoint]) if c.id not in gone]
-        for replicator in self._replicators:
-            if replicator.storage is home:
-                replicator.bring_back(wanted)
+        Raises:
+            NoCheckpointError, NotFoundError, FormatError: as ``resolve``, or it was deleted while it was read.
+            IntegrityError: what has to be read is damaged.
+        """
+        checkpoint = self._finder.select(self._finder.view(), selector)
+        try:
+            with (
+                self.loading(checkpoint, None) as loader,
+                closing(loader.reader(checkpoint, BlockCache() if cache is None else cache)) as reader,
+            ):
+                yield reader
+        except (IntegrityError, FormatError):
+            keep.check_unburied(self._finder.home(checkpoint), checkpoint)
+            raise
 
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """What ``checkpoint`` holds: its files, tensors and tree, proven against its commit record.

@@ -24,6 +24,7 @@ ROWS = [
     {"engine"},
     {"maintenance"},
     {"view"},
+    {"upkeep"},
     {"store"},
     {"opening"},
     {"config"},

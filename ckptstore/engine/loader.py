@@ -12,6 +12,7 @@ from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.compare import Suspect, mark_differing
 from ckptstore.engine.contents import Contents, Rescue, read_contents
 from ckptstore.engine.reader import read_tensors
+from ckptstore.engine.tensorreader import BlockCache, TensorReader
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import CheckpointError, FormatError, NotFoundError, StateError
 from ckptstore.format.regions import Region
@@ -68,6 +69,12 @@ class Loader:
             tree = _union(contents, 0) if rank is None else _tree_of(contents, rank)
             restoration = restore_plain(tree, _specs(contents), only=only)
         return self._fill(contents, restoration)
+
+    def reader(self, checkpoint: Checkpoint, cache: BlockCache) -> TensorReader:
+        """A reader of any bytes of its tensors."""
+        with collector_paused():
+            contents = read_contents(self.storage, checkpoint.record, self.rescue)
+            return TensorReader(self.storage, contents, _union(contents, 0), cache, self.rescue)
 
     def draft(
         self, checkpoint: Checkpoint, target: object, only: Sequence[str] | None, strict: bool | Literal["parts"]

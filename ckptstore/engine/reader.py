@@ -240,7 +240,7 @@ def check_blocks(
         encoded = task.file.entry.blocks[task.number].codec != "none"
         with pool.lease(2 if encoded else 1) as buffers:
             try:
-                raw = _read_block(contents, task, buffers, rescue)
+                raw = read_block(contents, task, buffers, rescue)
             except (IntegrityError, FormatError) as error:
                 # Storage doesn't know whose bytes they are.
                 error.id = error.id or contents.commit.id
@@ -254,7 +254,13 @@ def check_blocks(
     run(tasks, work, threads=min(threads, pool.buffers))
 
 
-def _read_block(contents: Contents, task: BlockTask, buffers: list[memoryview], rescue: Rescue | None) -> memoryview:
+def read_block(contents: Contents, task: BlockTask, buffers: list[memoryview], rescue: Rescue | None) -> memoryview:
+    """A block's raw bytes, checked, in the last of ``buffers``, 16 MiB each: two where it is encoded.
+
+    Raises:
+        IntegrityError, FormatError: it is damaged everywhere.
+        StorageError: the backend failed.
+    """
     entry = task.file.entry.blocks[task.number]
     stored = read_stored(contents, task, buffers[0], rescue)
     raw = stored if entry.codec == "none" else buffers[1][: entry.raw]
