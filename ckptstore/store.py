@@ -20,6 +20,7 @@ from ckptstore.engine.facts import Facts
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.planned import PlannedSaves
 from ckptstore.engine.saver import Durable, Job, Tools
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.engine.streamed import Streamed
 from ckptstore.engine.workers import Progress, cores
 from ckptstore.errors import (
@@ -272,7 +273,7 @@ class Store(Upkeep):
                 return capture(state), facts
 
         captured, facts, share = self._dispatcher.agree(crew, ask) if crew is not None else (*ask(), None)
-        job = Job(captured, facts, durable, progress, share)
+        job = Job(captured, facts, durable, progress, share, Stopwatch(began))
         if mode == "sync":
             return self._dispatcher.save(job)
         return self._dispatcher.save_behind(captured, job, mode=mode, began=began)
@@ -328,6 +329,8 @@ class Store(Upkeep):
             IntegrityError: it is damaged; nothing was saved.
             SaveFailedError, CommitUnknownError, StaleWriterError, UnavailableError: as ``save``.
         """
+        # No training waits for it.
+        watch = Stopwatch(stalled=lambda: None)
         self._check_writable()
         self._dispatcher.background.settle()
         catalogue = self._finder.view()
@@ -348,6 +351,7 @@ class Store(Upkeep):
             lambda file, key: self._carrier.carry(past, file, home, self._storage, key),
             lies_here=home is self._storage,
             durable=self._durable,
+            watch=watch,
         )
 
 

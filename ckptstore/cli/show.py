@@ -131,6 +131,7 @@ def _facts(c: Checkpoint, holds: Mapping[str, str]) -> Iterator[tuple[str, str]]
     yield "reasons", ", ".join(c.reasons)
     yield "held by", ", ".join(texts.holds_of(c.id, holds))
     yield "created", f"{texts.time_text(c.created)} (UTC {c.created:%Y-%m-%d %H:%M:%S})"
+    yield "saved", texts.timing_text(c.timing)
     yield "size", size
     yield "parameters", f"{c.parameters:,}" if c.parameters else ""
     yield "ranks", str(c.world_size) if c.world_size > 1 else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckptstore.units import count_text, rate_text, size_text
 
 if TYPE_CHECKING:
-    from ckptstore.engine.catalogue import Checkpoint, Damage
+    from ckptstore.engine.catalogue import Checkpoint, Damage, Timing
     from ckptstore.maintenance.receipts import Lag
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "short_ids",
     "size_text",
     "time_text",
+    "timing_text",
 ]
 
 
@@ -36,6 +37,15 @@ def time_text(created: datetime) -> str:
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Metrics in a row, as ``val_loss 3.1, acc 0.52``."""
     return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+
+
+def timing_text(timing: Timing | None) -> str:
+    """How long a save took, as far as it is known."""
+    if timing is None:
+        return ""
+    save = f"in {timing.save_s:.2f} s" if timing.save_s is not None else ""
+    stall = f"training waited {timing.stall_s:.2f} s" if timing.stall_s is not None else ""
+    return ", ".join(filter(None, (save, stall)))
 
 
 def one_line(checkpoint: Checkpoint) -> str:
@@ -80,6 +90,8 @@ def checkpoint_fields(checkpoint: Checkpoint, holds: Mapping[str, str]) -> dict[
         "raw_bytes": checkpoint.raw_bytes,
         "stored_bytes": checkpoint.stored_bytes,
         "world_size": checkpoint.world_size,
+        "save_s": checkpoint.timing.save_s if checkpoint.timing is not None else None,
+        "stall_s": checkpoint.timing.stall_s if checkpoint.timing is not None else None,
     }
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from ckptstore.engine.bounded import apart
@@ -17,6 +18,7 @@ from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.plan import Change, Plan
 from ckptstore.engine.saver import Job, Tools
 from ckptstore.engine.stage import Stage, StateMoved
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.engine.workers import cores
 from ckptstore.errors import CheckpointError, SaveFailedError, StorageError
 
@@ -61,7 +63,8 @@ class SaveHandle:
         self.copied_bytes = self.raw_bytes = 0
         self._warning: str | None = None
         self._warned = warned
-        self._tools, self._job, self._save = tools, job, save
+        self._tools, self._save = tools, save
+        self._job = replace(job, watch=Stopwatch(began, self._stalled))
         self._began, self._ended = began, 0.0
         self._pid = os.getpid()
         # Held until the end. No condition: a signal handler that waits, too, would take the notice from its own thread.
@@ -238,6 +241,10 @@ class SaveHandle:
             self._running.release()
             with self._changed:
                 self._changed.notify_all()
+
+    def _stalled(self) -> float:
+        """Seconds that the caller has waited so far; until its call has returned, all of them."""
+        return self.stall_s if self.call_s else time.perf_counter() - self._began
 
     def _first_stage(self) -> Stage:
         plan = self._tools.plan(self._job.state, self._job.share)

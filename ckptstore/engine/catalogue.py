@@ -23,6 +23,20 @@ _RECORDS_IN_FLIGHT = 32
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long a save took; None where that isn't known.
+
+    Attributes:
+        save_s: seconds from the call of ``save`` until right before the commit.
+        stall_s: seconds of it that training had waited by then: all of them, or with a save in the background those of
+            the call and of the fence. With several ranks rank 0's.
+    """
+
+    save_s: float | None
+    stall_s: float | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One committed checkpoint, as its commit record tells it.
 
@@ -39,6 +53,7 @@ class Checkpoint:
         raw_bytes, stored_bytes: size in memory and on storage.
         borrowed_bytes: those of ``stored_bytes`` that lie with an older checkpoint, because they haven't changed since.
         world_size: ranks that wrote it.
+        timing: how long its save took; None where that wasn't put down.
     """
 
     id: str
@@ -56,6 +71,7 @@ class Checkpoint:
     borrowed_bytes: int
     world_size: int
     record: CommitRecord = field(repr=False, compare=False)
+    timing: Timing | None = None
 
     @classmethod
     def of(cls, record: CommitRecord) -> Checkpoint:
@@ -84,6 +100,7 @@ class Checkpoint:
             borrowed_bytes=record.borrowed_bytes,
             world_size=record.world_size,
             record=record,
+            timing=Timing(record.timing.save_s, record.timing.stall_s) if record.timing is not None else None,
         )
 
     @property

@@ -12,6 +12,7 @@ from ckptstore.engine.collector import collector_paused
 from ckptstore.engine.commit import bury, commit
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.stage import StateMoved
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.errors import (
     CheckpointError,
     CommitUnknownError,
@@ -52,6 +53,8 @@ class Told:
     parameters: int
     tensors: int
     ranks: int = 1
+    watch: Stopwatch | None = None
+    """Read right before the commit; None where nobody measures."""
 
 
 RANK_REQUESTS = 16
@@ -96,10 +99,10 @@ class Committer:
         """
         try:
             manifest = write()
+            check_files(self.storage, id, files, requests=requests)
             record = self._record(id, told, files, manifest)
             # Its numbers are longer now than in the first try.
             seal(record)
-            check_files(self.storage, id, files, requests=requests)
             last_look(record)
             self.check_fence()
         except BaseException as error:
@@ -200,6 +203,7 @@ class Committer:
                 "world_size": told.ranks,
                 "manifest": manifest,
                 "lenders": owners(id, files),
+                "timing": told.watch.read() if told.watch is not None else None,
             },
             f"the record of {id}",
         )

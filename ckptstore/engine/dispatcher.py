@@ -26,6 +26,7 @@ from ckptstore.engine.share import Share
 from ckptstore.engine.sharer import SAMPLE_CHARACTERS
 from ckptstore.engine.sharing import table_of
 from ckptstore.engine.stage import Stage
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.errors import SaveFailedError, StorageError
 from ckptstore.format.digest import block_digest
 from ckptstore.format.layout import parse_id
@@ -138,7 +139,8 @@ class Dispatcher:
         # A signal handler in the midst of its own thread's save: another thread would wait for that one's end.
         here = self.lock._is_owned()  # type: ignore[attr-defined]
         self.background.start(handle, window, first, here=here)
-        handle.call_s, handle.fence_s = time.perf_counter() - began, 0.0
+        # In this order: call_s tells the save that the call is over.
+        handle.fence_s, handle.call_s = 0.0, time.perf_counter() - began
         return handle
 
     def _save(self, job: Job, stage: Stage) -> Checkpoint:
@@ -206,12 +208,14 @@ class Dispatcher:
         *,
         lies_here: bool,
         durable: Durable,
+        watch: Stopwatch,
     ) -> Checkpoint:
         """Save anew, as the newest checkpoint, what ``past`` holds, which was proven.
 
         Args:
             carry: as ``Saver.repeat``.
             lies_here: it can be borrowed from.
+            watch: began when the caller was called.
 
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``Saver.save``.
@@ -222,7 +226,7 @@ class Dispatcher:
                 store, id = self.claim.next_id(facts.step, self._finder.view)
             files = [file.entry for file in past.files]
             lender = Lender.of(past.commit, past.digest, files) if lies_here else None
-            self._lender = self._saver(store, lender, facts.step).repeat(id, past, facts, carry)
+            self._lender = self._saver(store, lender, facts.step).repeat(id, past, facts, carry, watch)
             checkpoint = Checkpoint.of(self._lender.record)
         self._committed(checkpoint, durable)
         return checkpoint

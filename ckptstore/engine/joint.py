@@ -93,7 +93,7 @@ class JointSaver:
     # -- rank 0 ------------------------------------------------------------------------------------------
 
     def _lead(self, id: CheckpointId, job: Job, stage: Stage) -> Lender:
-        told = Told(job.facts, self._share.parameters, self._share.tensors, self._crew.size)
+        told = Told(job.facts, self._share.parameters, self._share.tensors, self._crew.size, job.watch)
         files: list[ReportedFile] = []
         vias: set[str] = set()
         own: list[FileEntry] = []

@@ -16,6 +16,7 @@ from ckptstore.engine.facts import Facts
 from ckptstore.engine.plan import Change, Plan, PlannedFile, Source
 from ckptstore.engine.share import Share
 from ckptstore.engine.stage import Stage
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.engine.writer import equals, write_files
 from ckptstore.errors import (
@@ -87,10 +88,11 @@ class Job:
     progress: Progress | None = None
     share: Share | None = None
     """Where several ranks save together."""
+    watch: Stopwatch | None = None
 
     @property
     def told(self) -> Told:
-        return Told(self.facts, self.state.parameters, len(self.state.sources))
+        return Told(self.facts, self.state.parameters, len(self.state.sources), watch=self.watch)
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,19 @@ class Saver:
             self.committer.bury(id, lost)
         return record, entries
 
-    def repeat(self, id: CheckpointId, past: Contents, facts: Facts, carry: Callable[[DataFile, str], None]) -> Lender:
+    def repeat(
+        self,
+        id: CheckpointId,
+        past: Contents,
+        facts: Facts,
+        carry: Callable[[DataFile, str], None],
+        watch: Stopwatch | None = None,
+    ) -> Lender:
         """Commit as ``id`` what ``past`` holds, borrowing from it where it is the lender; the next one's lender.
 
         Args:
             carry: writes a data file of ``past`` under another key: those that can't be borrowed.
+            watch: began when the caller was called.
 
         Raises:
             SaveFailedError, CommitUnknownError, StaleWriterError: as ``save``.
@@ -238,7 +248,7 @@ class Saver:
             return self.committer.describe(id, past.digest, parts)
 
         record, lender = past.commit, self.lender
-        told = Told(facts, record.parameters, record.tensors, record.world_size)
+        told = Told(facts, record.parameters, record.tensors, record.world_size, watch)
         made = self.committer.commit(id, told, files, write)
         borrowed = [file for file in files if file.owner != str(id)]
         if borrowed and lender is not None and not self._is_safe(id, lender, borrowed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -27,6 +27,7 @@ MANIFEST_LIMIT = 256 << 20
 
 Bytes: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0)]
 Hex256: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Text: TypeAlias = Annotated[str, StringConstraints(max_length=1000)]
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=100)]
@@ -37,6 +38,8 @@ class Record(BaseModel):
     """Base of all records: exact types, no unknown fields, no change after construction."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    spared: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a sealed record that are left out where they are None: they came later than the record."""
 
 
 class StoreRecord(Record):
@@ -67,8 +70,19 @@ class Sealed256(Record):
     sha256: Hex256
 
 
+class TimingRecord(Record):
+    """How long a save took; null where that isn't known."""
+
+    save_s: Seconds | None
+    """From the call until right before the commit record was written."""
+    stall_s: Seconds | None
+    """How much of it the caller, which is training, had waited by then; with several ranks rank 0's."""
+
+
 class CommitRecord(Record):
     """``commits/<id>.json`` of a checkpoint that exists."""
+
+    spared: ClassVar[frozenset[str]] = frozenset({"timing"})
 
     kind: Literal["commit"] = "commit"
     format: Literal[1] = FORMAT
@@ -90,6 +104,7 @@ class CommitRecord(Record):
     world_size: Annotated[int, Field(ge=1, lt=1 << 32)]
     manifest: Sealed256
     lenders: list[Text]
+    timing: TimingRecord | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -340,7 +355,8 @@ def seal(record: Record) -> bytes:
     Raises:
         FormatError: it would be larger than 16 KiB.
     """
-    fields = record.model_dump()
+    dumped = record.model_dump().items()
+    fields = {name: value for name, value in dumped if value is not None or name not in record.spared}
     fields["self"] = sha256(compact(fields))
     data = indented(fields)
     if len(data) > SMALL_LIMIT:

@@ -21,6 +21,7 @@ from ckptstore.engine.contents import Contents
 from ckptstore.engine.facts import Facts
 from ckptstore.engine.planned import Place
 from ckptstore.engine.saver import Durable
+from ckptstore.engine.stopwatch import Stopwatch
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import FormatError, SaveFailedError, StateError
 from ckptstore.format.digest import sha256
@@ -96,6 +97,7 @@ class CkptStoreWriter(StorageWriter):
         self._place: Place | None = None
         self._files: list[FileEntry] = []
         self.checkpoint: Checkpoint | None = None
+        self._watch: Stopwatch | None = None
 
     @property
     def id(self) -> str | None:
@@ -131,6 +133,8 @@ class CkptStoreWriter(StorageWriter):
             # Another rank has failed, or is gone.
             self._saves.condemn(self._place, "it was broken off, and the next save has begun")
         self._place, self._files, self.checkpoint = None, [], None
+        # What training waits for, DCP knows alone: it may have copied the state, and save behind.
+        self._watch = Stopwatch(stalled=lambda: None)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing is to be planned here."""
@@ -180,7 +184,7 @@ class CkptStoreWriter(StorageWriter):
         names = {key: name for report in reports for key, name in report.names.items()}
         self.checkpoint = self._saves.commit(
             place,
-            Told(self._facts, 0, len(tensors), place.size),
+            Told(self._facts, 0, len(tensors), place.size, self._watch),
             own,
             [report.part for report in reports if report.part is not None],
             check=lambda contents: _check(contents, metadata, names),
