@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ckptstore.maintenance.copy import CopyReport
     from ckptstore.maintenance.prune import PruneReport
     from ckptstore.maintenance.receipts import Lag
+    from ckptstore.maintenance.verifications import Verification
     from ckptstore.maintenance.verify import VerifyReport
     from ckptstore.opening import open
     from ckptstore.policy.budget import budget
@@ -107,6 +108,7 @@ __all__ = [
     "TornReadWarning",
     "UnavailableError",
     "Verdict",
+    "Verification",
     "VerifyReport",
     "__version__",
     "at",
@@ -136,6 +138,7 @@ _HOMES = {
     "ckptstore.maintenance.copy": ("CopyReport",),
     "ckptstore.maintenance.prune": ("PruneReport",),
     "ckptstore.maintenance.receipts": ("Lag",),
+    "ckptstore.maintenance.verifications": ("Verification",),
     "ckptstore.maintenance.verify": ("VerifyReport",),
     "ckptstore.engine.background": ("SaveHandle", "TornReadWarning"),
     "ckptstore.opening": ("open",),

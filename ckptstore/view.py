@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from functools import partial
 from typing import Any, Literal, overload
 
 from ckptstore.engine.backups import Backup
@@ -16,7 +15,7 @@ from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
 from ckptstore.engine.commit import new_store
 from ckptstore.engine.contents import Contents, read_contents
 from ckptstore.engine.crew import Crew, find_crew
-from ckptstore.engine.damage import warn_damaged
+from ckptstore.engine.damage import DamageWarning, warn_damaged
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.joint_load import JointLoad
 from ckptstore.engine.loader import Loaded, Loader
@@ -33,14 +32,16 @@ from ckptstore.errors import (
     StateError,
 )
 from ckptstore.maintenance import keep
+from ckptstore.maintenance.audit import Auditor
 from ckptstore.maintenance.copy import Copier, CopyReport, copy_each
 from ckptstore.maintenance.mend import Mender
 from ckptstore.maintenance.receipts import Lag, lags
-from ckptstore.maintenance.repair import Repairer, is_there
+from ckptstore.maintenance.repair import is_there
 from ckptstore.maintenance.replicate import Replicator
 from ckptstore.maintenance.retire import judged
 from ckptstore.maintenance.transfer import Carrier
-from ckptstore.maintenance.verify import VerifyReport, prove, verify
+from ckptstore.maintenance.verifications import Verification, read_verifications, remember
+from ckptstore.maintenance.verify import VerifyReport
 from ckptstore.policy.judge import Judgement
 from ckptstore.policy.retention import Keep
 from ckptstore.storage import open_storage
@@ -357,6 +358,7 @@ class View:
         *,
         sample: float = 1.0,
         repair: bool = False,
+        record: bool = True,
         progress: Progress | None = None,
     ) -> VerifyReport:
         """Read every byte of every checkpoint (or of the one selected) and report all damage.
@@ -367,6 +369,8 @@ class View:
             selector: one checkpoint only.
             sample: share of the blocks to read, 0 to 1, chosen at random; records are always read.
             repair: replace what is damaged by what the backups have, and read what was damaged once more.
+            record: put down what came of it, see ``verifications``, where the store is open for writing.
+            progress: called with (bytes done, bytes in all), from any thread.
 
         Raises:
             StorageError: the storage can't be read; that is no damage.
@@ -375,43 +379,27 @@ class View:
             raise FormatError(f"sample={sample!r} must be a number over 0 and at most 1 (1 = every block)")
         if repair and (self._read_only or not self._finder.backups):
             raise FormatError("repair=True needs a store that is open for writing, with a backup=URL to repair it from")
-        report = self._verify(selector, sample, progress)
-        return self._repaired(selector, sample, report) if repair and not report.ok else report
+        auditor = Auditor(self._tools, self._finder, self._carrier, selector, sample)
+        report = auditor.report(progress)
+        if repair and not report.ok:
+            report = auditor.repaired(report)
+        if record and not self._read_only:
+            remember(self._storage, report.tally(whole=selector is None))
+        return report
 
-    def _verify(self, selector: str | None, sample: float, progress: Progress | None) -> VerifyReport:
-        # Listed before the commits are: a save that ends in between is committed, not unfinished.
-        entries = self._storage.list("") if selector is None else None
-        catalogue = self._finder.scan(afresh=True)
-        if selector is None and self._finder.store_record() is None and catalogue.highest is None:
-            self._finder.require_store()
-        chosen = [self._finder.select(catalogue, selector)] if selector is not None else list(catalogue.checkpoints)
-        return verify(
-            self._storage,
-            catalogue,
-            chosen,
-            entries=entries,
-            sample=sample,
-            pool=self._tools.pool,
-            threads=self._tools.threads,
-            progress=progress,
-        )
+    def verifications(self) -> list[Verification]:
+        """What was verified here and what came of it, the newest first: the last 20.
 
-    def _repaired(self, selector: str | None, sample: float, report: VerifyReport) -> VerifyReport:
-        """Repair what ``report`` found, and see what is left of it."""
-        backups = self._finder.backups
-        repairer = Repairer(self._storage, backups.storages, self._carrier)
-        store = self._finder.store_record() or backups.store_record()
-        found = report.damages
-        if repairer.records(report.records, store.store_id if store else None):
-            # A checkpoint whose record was damaged has not been read yet.
-            report = self._verify(selector, sample, None)
-            found += report.damages
-        bad = [one.checkpoint for one in report.checkpoints if not one.ok]
-        read = partial(prove, self._storage, bad, pool=self._tools.pool, threads=self._tools.threads)
-        with closing(Rescuer(backups.storages)) as rescuer:
-            read(rescuer)
-        repairer.noted(rescuer)
-        return report.with_checkpoints(read(None)).after(found)
+        Those of ``verify`` and ``ckptstore verify``, and complete passes of ``scrub=``. Damaged records give a
+        ``DamageWarning``.
+
+        Raises:
+            StorageError: the storage can't be read.
+        """
+        found, damaged = read_verifications(self._storage)
+        for damage in damaged:
+            warnings.warn(f"{damage.problem}; what was verified then isn't known", DamageWarning, stacklevel=2)
+        return found
 
     def copy(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import ckptstore as cs
+from ckptstore.engine.catalogue import Timing
+from ckptstore.format.records import CommitRecord, seal, unseal
 from tests.golden.make import HERE, exponents, plain_state, trained, tuned
 
 STORES = sorted(path for path in HERE.iterdir() if path.is_dir() and path.name.startswith("v"))
@@ -84,3 +87,26 @@ def test_goes_on(golden: Path) -> None:
     store.save({"x": 1}, step=1)
     assert [c.step for c in store.checkpoints()] == [0, 2, 9, 3, 4, 5, 1]
     assert store.verify().ok
+
+
+def test_records_of_the_first_version_are_written_alike() -> None:
+    """What came later stands in a record only where it is known."""
+    for path in sorted((HERE / "v1" / "commits").iterdir()):
+        assert seal(unseal(path.read_bytes(), path.name, [CommitRecord])) == path.read_bytes()
+
+
+def test_times_and_verifications_stay() -> None:
+    """How long the saves took, and what a verification found, as version 1 puts it down since it does."""
+    store = cs.open(HERE / "timed1", read_only=True)
+    assert [(c.step, c.timing) for c in store.checkpoints()] == [
+        (1, Timing(0.062548, 0.062548)),
+        (2, Timing(0.004936, 0.004936)),
+        (1, Timing(0.005404, None)),
+    ]
+    (found,) = store.verifications()
+    assert (found.created, found.by, found.id) == (datetime(2026, 11, 26, 4, 7, 31, 324062, UTC), "verify", None)
+    assert (found.ok, found.checkpoints, found.read_bytes, found.seconds) == (True, 3, 8220, 0.008)
+    report = store.verify()
+    assert (report.ok, report.foreign, report.leftovers) == (True, [], [])
+    for step in (1, 2):
+        assert torch.equal(store.load(f"step:{step}")["weights"], torch.arange(2.0 + step))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage
     from ckptstore.format.layout import CheckpointId
     from ckptstore.maintenance.receipts import Lag
+    from ckptstore.maintenance.verifications import Verification
 
 
 _ALWAYS = ("id", "step", "created", "size")
@@ -46,7 +47,7 @@ def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, backups: t
     Answers which checkpoints exist: what was committed and not deleted. Reads the commit records only, so it
     is quick; whether the data is good, "ckptstore verify" tells. The id is shown as short as it can be; --json
     has all of it. Where the store is copied to backups, a line for each tells how far it is behind; with --backup,
-    what lies only there is listed too.
+    what lies only there is listed too. The last line tells when it was verified last, and what came of it.
 
     \b
       ckptstore ls runs/gpt2
@@ -56,18 +57,33 @@ def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, backups: t
     Exit codes: 0 good; 1 a commit record is damaged (its row says so); 2 no store at URL or wrong use.
     """
     with looking(url, backups) as (store, catalogue):
-        holds, lags = store.holds(), store.lags()
+        holds, lags, verified = store.holds(), store.lags(), _last(store.verifications())
     short = texts.short_ids(str(row.order) for row in _rows(catalogue, deleted=True))
     rows = _rows(catalogue, deleted)[-last if last else None :]
     if as_json:
-        emit(_document(store.url, rows, short, holds, lags, catalogue))
+        verification = texts.verification_fields(verified) if verified is not None else None
+        emit({**_document(store.url, rows, short, holds, lags, catalogue), "last_verification": verification})
     else:
         # Lines like those of a log: a narrow terminal breaks them, and no id is ever cut.
-        answer(_table(rows, short, holds, catalogue), *map(texts.lag_text, lags), fit=False)
+        foot = [] if verified is None else [texts.verification_text(verified, _since(verified, catalogue))]
+        answer(_table(rows, short, holds, catalogue), *map(texts.lag_text, lags), *foot, fit=False)
     if catalogue.damaged:
         damaged = texts.count_text(len(catalogue.damaged), "commit record")
         note(f"{damaged} damaged; 'ckptstore verify {url}' says what is wrong")
         ctx.exit(BAD_NEWS)
+
+
+def _last(found: Sequence[Verification]) -> Verification | None:
+    """The last verification of all that lies there, or else of one checkpoint."""
+    return next((one for one in found if one.id is None), found[0] if found else None)
+
+
+def _since(verified: Verification, catalogue: Catalogue) -> int:
+    """How many checkpoints were saved since."""
+    from ckptstore.format.layout import try_id
+
+    newest = try_id(verified.newest or "")
+    return sum(newest is None or c.order > newest for c in catalogue.checkpoints)
 
 
 def _rows(catalogue: Catalogue, deleted: bool) -> list[_Row]:

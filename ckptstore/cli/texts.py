@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.units import count_text, rate_text, size_text
@@ -11,6 +11,7 @@ from ckptstore.units import count_text, rate_text, size_text
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint, Damage, Timing
     from ckptstore.maintenance.receipts import Lag
+    from ckptstore.maintenance.verifications import Verification
 
 __all__ = [
     "checkpoint_fields",
@@ -26,6 +27,8 @@ __all__ = [
     "size_text",
     "time_text",
     "timing_text",
+    "verification_fields",
+    "verification_text",
 ]
 
 
@@ -43,9 +46,14 @@ def timing_text(timing: Timing | None) -> str:
     """How long a save took, as far as it is known."""
     if timing is None:
         return ""
-    save = f"in {timing.save_s:.2f} s" if timing.save_s is not None else ""
-    stall = f"training waited {timing.stall_s:.2f} s" if timing.stall_s is not None else ""
+    save = f"in {_seconds_text(timing.save_s)}" if timing.save_s is not None else ""
+    stall = f"training waited {_seconds_text(timing.stall_s)}" if timing.stall_s is not None else ""
     return ", ".join(filter(None, (save, stall)))
+
+
+def _seconds_text(seconds: float) -> str:
+    """Seconds to a hundredth, short ones to a ten thousandth."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{round(seconds, 4):g} s"
 
 
 def one_line(checkpoint: Checkpoint) -> str:
@@ -129,3 +137,28 @@ def lag_fields(lag: Lag) -> dict[str, Any]:
         "behind_bytes": lag.behind_bytes,
         "since": lag.since.isoformat() if lag.since is not None else None,
     }
+
+
+def verification_text(verified: Verification, since: int) -> str:
+    """What came of a verification; ``since``: how many checkpoints are newer than all that it read."""
+    notes = [
+        f"only {verified.id}" if verified.id is not None else "",
+        f"a sample of {verified.sample:.4g}" if verified.sample < 1 else "",
+        f"{count_text(verified.repaired, 'damage')} repaired" if verified.repaired else "",
+        f"{since:,} saved since" if since else "",
+    ]
+    noted = ", ".join(filter(None, notes))
+    result = "good" if verified.ok else count_text(verified.damages, "damage")
+    return f"last verified {_age_text(verified.created)} ago: {result}{f' ({noted})' if noted else ''}"
+
+
+def _age_text(then: datetime) -> str:
+    """Time since ``then``, in the largest unit of which there are two."""
+    seconds = max(0, int((datetime.now(UTC) - then).total_seconds()))
+    size, unit = next(((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
+    return f"{seconds // size} {unit}"
+
+
+def verification_fields(verified: Verification) -> dict[str, Any]:
+    """The same as JSON."""
+    return {**vars(verified), "created": verified.created.isoformat(), "ok": verified.ok}

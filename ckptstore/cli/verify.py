@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -13,9 +13,11 @@ from ckptstore.cli.access import backup_option, changing, looking
 from ckptstore.cli.outcome import BAD_NEWS
 from ckptstore.cli.terminal import answer, byte_progress, emit, json_option
 from ckptstore.cli.units import share
+from ckptstore.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Damage
+    from ckptstore.maintenance.verifications import Tally
     from ckptstore.maintenance.verify import VerifyReport
     from ckptstore.store import Store
 
@@ -27,6 +29,7 @@ _TENSORS_SHOWN = 3
 @click.argument("selector", required=False)
 @click.option("--sample", type=share, default="100%", metavar="SHARE", help="Read a share of the blocks: 10%, 0.1.")
 @click.option("--repair", is_flag=True, help="Replace what is damaged by what a --backup has.")
+@click.option("--record/--no-record", default=True, help="Put down in the store what came of it.", show_default=True)
 @backup_option
 @json_option
 @click.pass_context
@@ -36,6 +39,7 @@ def verify(
     selector: str | None,
     sample: float,
     repair: bool,
+    record: bool,
     backups: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -43,8 +47,9 @@ def verify(
 
     Reads every block of every checkpoint (or of the one selected), compares its hash, and names each damaged
     block, its file and the tensors in it. Without SELECTOR it also names saves that run now or were killed, which
-    is no damage, and objects that aren't ckptstore's. It changes nothing but with --repair, and needs no PyTorch.
-    --sample picks the blocks at random; all records are read anyway.
+    is no damage, and objects that aren't ckptstore's. It changes no checkpoint but with --repair, and needs no PyTorch.
+    --sample picks the blocks at random; all records are read anyway. Where the store can be written to, what came of
+    it is put down there for "ckptstore ls", as one small record, of which the last 20 stay.
 
     \b
       ckptstore verify runs/gpt2
@@ -58,7 +63,9 @@ def verify(
     if repair and not backups:
         raise click.UsageError("--repair needs a --backup URL to repair from")
     with _opened(url, backups, repair) as store, byte_progress("verifying") as progress:
-        report = store.verify(selector, sample=sample, repair=repair, progress=progress)
+        report = store.verify(selector, sample=sample, repair=repair, record=record, progress=progress)
+        if record and not repair:
+            _put_down(url, store, report.tally(whole=selector is None))
     if as_json:
         emit(_document(store.url, report))
     else:
@@ -75,6 +82,17 @@ def _opened(url: str, backups: Sequence[str], repair: bool) -> Iterator[Store]:
     else:
         with looking(url, backups) as (store, _):
             yield store
+
+
+def _put_down(url: str, store: Store, found: Tally) -> None:
+    """Have the store remember it, if it can be written to; for the rest it is open for reading only."""
+    from ckptstore.maintenance.verifications import remember
+    from ckptstore.storage import open_storage
+
+    with suppress(CheckpointError), closing(open_storage(url)) as storage:
+        # Where it is lost and a backup stands in for it, nothing shall appear in its place.
+        if storage.url == store.url:
+            remember(storage, found)
 
 
 def _document(url: str, report: VerifyReport) -> dict[str, object]:

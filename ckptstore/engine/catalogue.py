@@ -186,7 +186,7 @@ def _scan(storage: Storage, store_id: str | None, cache: Cache) -> Catalogue:
     condemned: set[CheckpointId] = set()
     damaged: list[Damage] = []
     ids = {entry.key: id for entry in entries if (id := layout.record_id(entry.key)) is not None}
-    bad = _each([key for key in ids if key not in cache], partial(_learn, storage, cache), storage)
+    bad = read_each([key for key in ids if key not in cache], partial(_learn, storage, cache), storage)
     for key, id in ids.items():
         try:
             if key in bad:
@@ -222,12 +222,12 @@ def read_holds(storage: Storage) -> tuple[dict[str, str], list[Damage]]:
         with suppress(NotFoundError):
             found[names[key]] = read_record(storage, key, partial(_held, key, names[key]))
 
-    bad = _each(list(names), look, storage)
+    bad = read_each(list(names), look, storage)
     holds = {name: found[name] for name in names.values() if name in found}
     return holds, [Damage(key, str(bad[key])) for key in names if key in bad]
 
 
-def _each(
+def read_each(
     keys: Sequence[str], look: Callable[[str], None], storage: Storage
 ) -> dict[str, IntegrityError | FormatError]:
     """``look`` at the record at each key, many at a time where ``storage`` is far away; what is wrong, by key.

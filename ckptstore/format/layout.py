@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
+from datetime import datetime
 from functools import total_ordering
 from typing import Final
 
@@ -23,6 +24,7 @@ TRASH = "trash/"
 CONTROL = "control/"
 RECEIPTS = "receipts/"
 COPYING = "copying/"
+VERIFICATIONS = "verifications/"
 TEMPORARY = "tmp-"
 """Prefix of the last name of an object whose creation was interrupted."""
 
@@ -30,6 +32,7 @@ _ID = re.compile(r"(\d{4,9})-(\d{6,12})-step(\d{1,15})-([0-9a-f]{16})", re.ASCII
 _WRITER = re.compile(r"writers/(\d{4,9})\.json", re.ASCII)
 _FILE = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}\.(safetensors|blocks)", re.ASCII)
 _RECEIPT = re.compile(r"receipts/[0-9a-f]{16}/([^/]+)\.json", re.ASCII)
+_VERIFICATION = re.compile(r"verifications/\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}\.json", re.ASCII)
 _HOLD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _RESERVED = re.compile(r"latest|(best|step|epoch|milestone|hold)([:.].*)?|\d{4,9}-\d.*", re.IGNORECASE)
 
@@ -142,6 +145,16 @@ def copying_id(key: str) -> CheckpointId | None:
     """The id in ``copying/<id>.json``, or None for any other key."""
     name = key.removeprefix(COPYING)
     return try_id(name.removesuffix(".json")) if name != key and name.endswith(".json") else None
+
+
+def verification_key(when: datetime) -> str:
+    """A fresh key for what was verified until ``when``, in UTC: as text they are in the order of time."""
+    return f"{VERIFICATIONS}{when:%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(8)}.json"
+
+
+def is_verification(key: str) -> bool:
+    """Whether ``key`` is one of ``verification_key``."""
+    return _VERIFICATION.fullmatch(key) is not None
 
 
 def record_id(key: str) -> CheckpointId | None:

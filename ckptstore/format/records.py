@@ -176,6 +176,30 @@ class CopyingRecord(Record):
     created: Text
 
 
+class VerificationRecord(Record):
+    """``verifications/<time>-<hex>.json``: what a verification found that was finished."""
+
+    format: Literal[1] = FORMAT
+    store_id: Text
+    created: Text
+    """When it ended."""
+    host: Text
+    by: Literal["verify", "scrub"]
+    id: Text | None
+    """The one checkpoint that was read; null: all."""
+    newest: Text | None
+    """The newest of those that were read."""
+    sample: Annotated[float, Field(gt=0, le=1)]
+    """Share of the blocks that was read."""
+    checkpoints: Count
+    read_bytes: Bytes
+    seconds: Seconds
+    damages: Count
+    """That were found, and left."""
+    repaired: Count
+    """That were found, and are no more."""
+
+
 class ControlRecord(Record):
     """``control/<action>.json``: a request to the run that saves here; gone when that has taken it up."""
 

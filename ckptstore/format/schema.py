@@ -18,6 +18,7 @@ from ckptstore.format.records import (
     ReceiptRecord,
     StoreRecord,
     TombstoneRecord,
+    VerificationRecord,
     WriterRecord,
 )
 
@@ -30,6 +31,7 @@ RECORDS = (
     HoldRecord,
     ReceiptRecord,
     CopyingRecord,
+    VerificationRecord,
     ControlRecord,
     ManifestRecord,
     PartRecord,

@@ -81,10 +81,11 @@ def _ours(key: str, id: CheckpointId | None) -> bool:
     if key == layout.STORE or (key.endswith("/") and top in _FOLDERS):
         return True
     named = layout.record_id(key) or layout.receipt_id(key) or layout.copying_id(key)
-    return bool(named or layout.writer_number(key) or layout.hold_name(key)) or top == layout.CONTROL
+    named_otherwise = layout.writer_number(key) or layout.hold_name(key) or layout.is_verification(key)
+    return bool(named or named_otherwise) or top == layout.CONTROL
 
 
 _FOLDERS = {
     *(layout.WRITERS, layout.COMMITS, layout.CHECKPOINTS, layout.HOLDS, layout.TRASH, layout.CONTROL),
-    *(layout.RECEIPTS, layout.COPYING),
+    *(layout.RECEIPTS, layout.COPYING, layout.VERIFICATIONS),
 }

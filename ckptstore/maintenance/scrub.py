@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
-from ckptstore.engine.catalogue import Checkpoint
+from ckptstore.engine.catalogue import Catalogue, Checkpoint
 from ckptstore.engine.contents import Contents, read_contents
 from ckptstore.engine.finder import Finder
 from ckptstore.engine.reader import BlockTask, open_file, read_stored
@@ -16,6 +17,7 @@ from ckptstore.errors import CheckpointError, FormatError, IntegrityError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.maintenance.keep import is_buried
 from ckptstore.maintenance.repair import Repairer, is_there
+from ckptstore.maintenance.verifications import Tally, remember
 
 _log = logging.getLogger("ckptstore")
 
@@ -36,6 +38,7 @@ class Scrubber:
         self._finder, self._repairer, self._period_s, self._busy = finder, repairer, period_s, busy
         self._ending = threading.Event()
         self._told: set[str] = set()
+        self._tally = Tally("scrub", None, 0)
         self._thread = threading.Thread(target=self._run, name="ckptstore-scrub", daemon=True)
 
     def start(self) -> None:
@@ -51,15 +54,25 @@ class Scrubber:
     def _run(self) -> None:
         while not self._ending.is_set():
             try:
-                checkpoints = self._finder.scan().checkpoints
-                blocks = sum(-(-c.stored_bytes // BLOCK_BYTES) + c.files for c in checkpoints)
-                self._scrub(checkpoints, self._period_s / max(1, blocks))
+                self._pass(self._finder.scan())
             except CheckpointError as error:
                 # Not reachable now, or deleted meanwhile: the next time will tell.
                 _log.debug("scrubbing was broken off: %s", error)
                 self._ending.wait(self._period_s / 100)
             if not self._ending.is_set():
                 self._ending.wait(self._period_s / 1000)
+
+    def _pass(self, catalogue: Catalogue) -> None:
+        """Read all once, and put down what came of it."""
+        checkpoints, began = catalogue.checkpoints, time.monotonic()
+        if not checkpoints:
+            return
+        blocks = sum(-(-c.stored_bytes // BLOCK_BYTES) + c.files for c in checkpoints)
+        self._tally = Tally("scrub", checkpoints[-1], len(checkpoints), damages=len(catalogue.damaged))
+        self._scrub(checkpoints, self._period_s / max(1, blocks))
+        if not self._ending.is_set():
+            self._tally.seconds = time.monotonic() - began
+            remember(self._repairer.storage, self._tally)
 
     def _scrub(self, checkpoints: Sequence[Checkpoint], pause_s: float) -> None:
         proven: set[str] = set()
@@ -101,10 +114,14 @@ class Scrubber:
             except IntegrityError as error:
                 self._found(checkpoint, error)
         self.read_blocks += 1
+        self._tally.read_bytes += task.file.entry.blocks[task.number].length
 
     def _found(self, checkpoint: Checkpoint, error: CheckpointError) -> None:
+        if is_buried(self._repairer.storage, checkpoint):
+            return
+        self._tally.damages += 1
         key = f"{error.key} {getattr(error, 'block', None)}"
-        if key not in self._told and not is_buried(self._repairer.storage, checkpoint):
+        if key not in self._told:
             self._told.add(key)
             _log.error("damage found while scrubbing, and no backup to repair it from: %s", error)
 
@@ -112,6 +129,8 @@ class Scrubber:
         failures = self._repairer.noted(rescuer)
         for damage in rescuer.met:
             _log.warning("damage found while scrubbing: %s", damage.problem)
+        self._tally.damages += len(rescuer.met) if failures else 0
+        self._tally.repaired += 0 if failures else len(rescuer.met)
         if failures:
             _log.error("repairing it failed: %s", failures[0])
         else:

@@ -18,9 +18,10 @@ from ckptstore.engine.reader import BlockTask, check_blocks, open_file
 from ckptstore.engine.workers import Meter, Progress
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
-from ckptstore.format.records import FileEntry, Record, TombstoneRecord, WriterRecord, unseal
+from ckptstore.format.records import FileEntry, Record, TombstoneRecord, VerificationRecord, WriterRecord, unseal
 from ckptstore.maintenance.leftovers import Leftover, find_leftovers
 from ckptstore.maintenance.lent import Lent
+from ckptstore.maintenance.verifications import Tally
 from ckptstore.storage.base import Entry, Storage
 
 
@@ -46,7 +47,7 @@ class VerifyReport:
 
     Attributes:
         checkpoints: one result each, oldest first.
-        records: damage outside checkpoints: store.json, commit records, holds, tombstones.
+        records: damage outside checkpoints: store.json, commit records, holds, tombstones, earlier verifications.
         leftovers: what killed saves left; no damage, ``prune`` collects it.
         foreign: objects that ckptstore did not put there; they are never touched.
         sample: share of the blocks that was read.
@@ -74,6 +75,13 @@ class VerifyReport:
         left = {(damage.key, damage.block) for damage in self.damages}
         gone = {(damage.key, damage.block): damage for damage in found if (damage.key, damage.block) not in left}
         return replace(self, repaired=list(gone.values()))
+
+    def tally(self, *, whole: bool) -> Tally:
+        """What of it is put down; ``whole``: all that lies there was read."""
+        newest = self.checkpoints[-1].checkpoint if self.checkpoints else None
+        tally = Tally("verify", newest, len(self.checkpoints), whole, self.sample, self.read_bytes, self.seconds)
+        tally.damages, tally.repaired = len(self.damages), len(self.repaired)
+        return tally
 
     @property
     def damages(self) -> list[Damage]:
@@ -263,7 +271,7 @@ def _sampled(blocks: int, sample: float) -> Sequence[int]:
 
 
 def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
-    """Damage of store.json, the writers and the tombstones; commits and holds are read elsewhere."""
+    """Damage of store.json, writers, tombstones and verifications; commits and holds are read elsewhere."""
     try:
         read_store(storage)
     except NotFoundError:
@@ -276,6 +284,8 @@ def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
             model = WriterRecord
         elif entry.key.startswith(layout.TRASH) and layout.record_id(entry.key):
             model = TombstoneRecord
+        elif layout.is_verification(entry.key):
+            model = VerificationRecord
         else:
             continue
         try:
@@ -283,7 +293,8 @@ def _records(storage: Storage, entries: Iterable[Entry]) -> Iterator[Damage]:
         except NotFoundError:
             continue
         except (IntegrityError, FormatError) as error:
-            yield Damage(entry.key, str(error))
+            way_out = "; remove it, nothing depends on it" if model is VerificationRecord else ""
+            yield Damage(entry.key, f"{error}{way_out}")
 
 
 def _unsealed(key: str, model: type[Record], data: bytes) -> Record:

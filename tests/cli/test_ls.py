@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
 
 import ckptstore
-from tests.cli.conftest import Run, flip
+from tests.cli.conftest import Run, data_file, flip
 
 
 def rows(stdout: str) -> list[list[str]]:
@@ -33,7 +34,8 @@ def test_json_has_full_ids_and_iso_times(run: Run, url: str, ids: list[str]) -> 
     answer = run("ls", url, "--json")
 
     assert answer.exit_code == 0
-    assert set(answer.json) == {"url", "checkpoints", "deleted", "damaged", "backups"}
+    assert set(answer.json) == {"url", "checkpoints", "deleted", "damaged", "backups", "last_verification"}
+    assert answer.json["last_verification"] is None
     assert [c["id"] for c in answer.json["checkpoints"]] == ids
     first = answer.json["checkpoints"][0]
     assert first["short"] == ids[0][:11]
@@ -41,6 +43,7 @@ def test_json_has_full_ids_and_iso_times(run: Run, url: str, ids: list[str]) -> 
     assert (first["metrics"], first["modes"]) == ({"val_loss": 3.0}, {"val_loss": "min"})
     assert datetime.fromisoformat(first["created"]).utcoffset() is not None
     assert first["stored_bytes"] > 64 * 64 * 4
+    assert first["save_s"] == first["stall_s"] > 0
     assert answer.json["deleted"] == answer.json["damaged"] == []
 
 
@@ -118,3 +121,41 @@ def test_a_reason_can_not_command_the_terminal(run: Run, store_path: Path) -> No
     shown = run("ls", str(store_path)).stdout
     assert "\x1b" not in shown
     assert "\\x1b[2Jgone [bold]x" in shown
+
+
+def test_the_last_line_tells_of_the_last_verification(run: Run, url: str, ids: list[str]) -> None:
+    """Of all that lies there, if that was ever verified."""
+
+    def last() -> str:
+        return re.sub(r"verified \d+ (s|min|h|d) ago", "verified", run("ls", url).stdout.splitlines()[-1])
+
+    assert "every 10 steps" in last()
+    run("verify", url, "step:20")
+    assert last() == f"last verified: good (only {ids[1]}, 1 saved since)"
+    run("verify", url, "--sample", "50%")
+    assert last() == "last verified: good (a sample of 0.5)"
+    with ckptstore.open(url) as store:
+        store.save({"x": 1}, step=40)
+        path = data_file(url, ids[0])
+        flip(path, path.stat().st_size - 1)
+        store.verify()
+        store.save({"x": 1}, step=50)
+    run("verify", url, "step:20")
+    assert last() == "last verified: 1 damage (1 saved since)"
+    told = run("ls", url, "--json").json["last_verification"]
+    assert (told["ok"], told["damages"], told["checkpoints"], told["id"], told["by"]) == (False, 1, 4, None, "verify")
+    assert datetime.fromisoformat(told["created"]).utcoffset() is not None
+
+
+def test_a_damaged_verification_hides_nothing(run: Run, url: str) -> None:
+    run("verify", url)
+    (record,) = (Path(url) / "verifications").iterdir()
+    flip(record, 50)
+
+    answer = run("ls", url)
+    assert answer.exit_code == 0
+    assert record.name in answer.stderr
+    assert len(rows(answer.stdout)) == 3
+    verified = run("verify", url)
+    assert verified.exit_code == 1
+    assert "nothing depends on it" in verified.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ def test_latest_is_shown_without_a_selector(run: Run, url: str, ids: list[str]) 
     answer = run("show", url)
 
     assert (answer.exit_code, answer.stderr) == (0, "")
+    assert re.search(r"^saved +in [\d.]+ s, training waited [\d.]+ s$", answer.stdout, re.MULTILINE)
     for expected in (
         ids[2],
         "val_loss 2 (min is best)",

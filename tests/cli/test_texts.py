@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 import pytest
 
-from ckptstore.cli.texts import count_text, rate_text, short_ids, size_text
+from ckptstore.cli.texts import count_text, rate_text, short_ids, size_text, timing_text
 from ckptstore.cli.units import duration_s, share, size_bytes
+from ckptstore.engine.catalogue import Timing
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,17 @@ def test_shares(text: str, value: float) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(click.BadParameter, match="as 100MB, 1GB or 1GiB"):
         size_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("timing", "text"),
+    [
+        (None, ""),
+        (Timing(0.734, 0.0204), "in 0.73 s, training waited 0.0204 s"),
+        (Timing(1234.5, 0.00001), "in 1234.50 s, training waited 0 s"),
+        (Timing(0.02, None), "in 0.02 s"),
+        (Timing(None, 0.1), "training waited 0.10 s"),
+    ],
+)
+def test_how_long_a_save_took(timing: Timing | None, text: str) -> None:
+    assert timing_text(timing) == text

@@ -121,10 +121,36 @@ def test_sample(run: Run, url: str) -> None:
         assert run("verify", url, f"--sample={text}").exit_code == 2
 
 
-def test_verifying_changes_nothing(run: Run, url: str) -> None:
+def test_nothing_is_put_down_but_what_came_of_it(run: Run, url: str, ids: list[str]) -> None:
+    """A record in a folder of its own, or with --no-record not even that."""
+
     def listing() -> dict[str, float]:
         return {str(path): path.stat().st_mtime_ns for path in Path(url).rglob("*")}
 
     before = listing()
-    run("verify", url)
+    run("verify", url, "--no-record")
     assert listing() == before
+    run("verify", url, "step:10")
+    new = [Path(path).relative_to(url) for path in sorted(listing().keys() - before.keys())]
+    assert [path.parts[0] for path in new] == ["verifications", "verifications"]
+    with ckptstore.open(url, read_only=True) as store:
+        (found,) = store.verifications()
+    assert (found.ok, found.id, found.by) == (True, ids[0], "verify")
+    assert run("verify", url, "--json").json["foreign"] == []
+
+
+def test_where_nothing_can_be_put_down_it_is_no_error(run: Run, url: str) -> None:
+    """As on a file system that is mounted to be read only."""
+    (Path(url) / "verifications").write_bytes(b"no folder")
+
+    answer = run("verify", url)
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    assert "not ckptstore's, left alone: verifications" in answer.stdout
+
+
+def test_nothing_is_put_down_where_a_store_is_lost(run: Run, url: str, tmp_path: Path) -> None:
+    """A backup that stands in for it is read, and verified by itself."""
+    lost = tmp_path / "lost"
+    assert run("verify", lost, "--backup", url).exit_code == 0
+    assert not lost.exists()
+    assert not (Path(url) / "verifications").exists()

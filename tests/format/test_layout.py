@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -144,3 +145,14 @@ def test_many_components_of_one_name() -> None:
     for _ in range(200):
         layout.file_name("x" * random.randrange(200), taken, suffix=".safetensors")
     assert len(taken) == 200
+
+
+def test_keys_of_verifications_are_in_the_order_of_time() -> None:
+    times = [datetime(2026, 1, 31, 12, 0, 0, microsecond, UTC) for microsecond in (0, 7, 999_999)]
+    keys = [layout.verification_key(time) for time in times]
+    assert keys[1].startswith("verifications/20260131T120000.000007Z-")
+    assert keys == sorted(keys)
+    assert all(layout.is_verification(key) and is_key(key) for key in keys)
+    assert layout.verification_key(times[0]) != keys[0]
+    for other in ("verifications/", "verifications/a.json", keys[0] + ".json", "x" + keys[0], "holds/a.json"):
+        assert not layout.is_verification(other)

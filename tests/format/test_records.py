@@ -26,7 +26,9 @@ from ckptstore.format.records import (
     Sealed256,
     StoreRecord,
     TensorTable,
+    TimingRecord,
     TombstoneRecord,
+    VerificationRecord,
     WriterRecord,
     metric,
     now,
@@ -43,6 +45,7 @@ STORE = "0" * 32
 texts = st.text(max_size=50)
 names = st.text(min_size=1, max_size=20)
 counts = st.integers(0, (1 << 63) - 1)
+seconds = st.none() | st.floats(0, 1e9)
 
 
 @st.composite
@@ -66,6 +69,7 @@ def commits(draw: st.DrawFn) -> CommitRecord:
         world_size=draw(st.integers(1, (1 << 32) - 1)),
         manifest=Sealed256(size=draw(counts), sha256="a" * 64),
         lenders=draw(st.lists(st.just(ID), max_size=2)),
+        timing=draw(st.none() | st.builds(TimingRecord, save_s=seconds, stall_s=seconds)),
     )
 
 
@@ -76,6 +80,20 @@ small: list[Record] = [
     TombstoneRecord(store_id=STORE, id=ID, created=now(), reason="by hand"),
     HoldRecord(store_id=STORE, name="paper", id=ID, created=now()),
     ControlRecord(store_id=STORE, action="stop", nonce="0" * 32, host="höst", pid=7, created=now()),
+    VerificationRecord(
+        store_id=STORE,
+        created=now(),
+        host="höst",
+        by="scrub",
+        id=None,
+        newest=ID,
+        sample=0.1,
+        checkpoints=3,
+        read_bytes=7,
+        seconds=0.5,
+        damages=1,
+        repaired=2,
+    ),
 ]
 
 
@@ -85,6 +103,41 @@ def test_commit_records_come_back(record: CommitRecord) -> None:
     assert unseal(data, "key", [CommitRecord]) == record
     assert seal(unseal(data, "key", [CommitRecord])) == data
     assert data.isascii()
+
+
+@given(commits())
+def test_a_timing_that_isn_t_known_is_left_out(record: CommitRecord) -> None:
+    """The records of older versions stay as they are, byte for byte."""
+    assert (b'"timing": {' in seal(record)) == (record.timing is not None)
+
+
+@pytest.mark.parametrize(
+    "timing",
+    [
+        {},
+        {"save_s": 1.0},
+        {"save_s": -1.0, "stall_s": None},
+        {"save_s": True, "stall_s": None},
+        {"save_s": "1", "stall_s": None},
+        {"save_s": 10**400, "stall_s": None},
+        {"save_s": 1.0, "stall_s": 1.0, "fence_s": 1.0},
+        [1.0, 1.0],
+        1.0,
+    ],
+    ids=str,
+)
+def test_a_timing_that_can_t_be(timing: object) -> None:
+    record = CommitRecord.model_validate(
+        {
+            **dict.fromkeys(("parameters", "tensors", "files", "raw_bytes", "stored_bytes", "borrowed_bytes"), 0),
+            **{"store_id": STORE, "id": ID, "step": 1000, "epoch": None, "metrics": {}, "modes": {}, "reasons": []},
+            **{"created": now(), "world_size": 1, "manifest": {"size": 1, "sha256": "a" * 64}, "lenders": []},
+        }
+    )
+    good = resealed({**json.loads(seal(record)), "timing": {"save_s": 1.5, "stall_s": None}})
+    assert unseal(good, "key", [CommitRecord]).timing == TimingRecord(save_s=1.5, stall_s=None)
+    with pytest.raises(FormatError, match="malformed at timing"):
+        unseal(resealed({**json.loads(seal(record)), "timing": timing}), "key", [CommitRecord])
 
 
 @pytest.mark.parametrize("record", small, ids=lambda r: type(r).__name__)

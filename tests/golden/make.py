@@ -1,4 +1,7 @@
-"""Write the golden store of this format version (``python -m tests.golden.make``), once; it is kept for ever."""
+"""Write the golden stores (``python -m tests.golden.make``), each once; they are kept for ever.
+
+``v1`` is of the first version of the format; ``timed1`` has what came later: ``timing``, and what a verification found.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +72,8 @@ def exponents() -> dict[str, torch.Tensor]:
     return {"fp32": parts.float(), "bf16": parts.bfloat16(), "fp16": parts.half(), "fp64": parts}
 
 
-def main() -> None:
-    """Write the store; refuses to touch one that exists."""
-    root = HERE / "v1"
-    if root.exists():
-        raise SystemExit(f"{root} exists, and a golden store is never changed")
+def first(root: Path) -> None:
+    """The store of the first version."""
     random.seed(0)
     with cs.open(root) as store:
         for step in (0, 2):
@@ -88,6 +88,22 @@ def main() -> None:
     with cs.open(root, compression="float-zstd") as store:
         for step in (4, 5):
             store.save({"model": tuned(), "values": exponents()}, step=step, reasons=["frozen, and borrowed at step 5"])
+
+
+def timed(root: Path) -> None:
+    """Checkpoints that tell how long their saves took, and one verification of both."""
+    with cs.open(root) as store:
+        store.save({"weights": torch.arange(3.0)}, step=1)
+        store.save({"weights": torch.arange(4.0)}, step=2, mode="async").result()
+        store.rollback("step:1")
+        store.verify()
+
+
+def main() -> None:
+    """Write those that aren't there: one that exists is never changed."""
+    for name, write in {"v1": first, "timed1": timed}.items():
+        if not (HERE / name).exists():
+            write(HERE / name)
 
 
 if __name__ == "__main__":

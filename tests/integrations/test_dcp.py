@@ -102,7 +102,11 @@ def test_a_nested_state(save_planner: Any, load_planner: Any, store: cs.Store) -
 
 def test_it_is_a_checkpoint_like_any_other(store: cs.Store, store_path: Path) -> None:
     """The store loads it nested, plain or in place, and in part; verify, copy, show and ls take it."""
-    save(store, state(), step=7)
+    timing = save(store, state(), step=7).timing
+    # What training waited, DCP alone knows.
+    assert timing is not None
+    assert timing.save_s
+    assert timing.stall_s is None
     assert same(store.load("step:7"), {**state(), "model": dict(state()["model"])})
     target = {**state(0.0), "model": dict(state(0.0)["model"])}
     store.load(into=target)

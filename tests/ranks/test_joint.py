@@ -191,7 +191,12 @@ def test_what_is_frozen_is_borrowed_by_each_rank(fleet: Any, tmp_path: Path) -> 
         return {"base": base, "head": torch.full((10,), float(step)), "mine": rank}
 
     two = fleet(2)
-    first, second = (two.all(lambda store, rank, s=s: store.save(state(rank, s), step=s))[0] for s in (1, 2))
+    firsts, (second, _) = (two.all(lambda store, rank, s=s: store.save(state(rank, s), step=s)) for s in (1, 2))
+    first = firsts[0]
+    # One record, with the times of rank 0.
+    assert firsts[1].timing == first.timing
+    assert first.timing is not None
+    assert first.timing.save_s == first.timing.stall_s
     assert first.borrowed_bytes == 0
     assert second.borrowed_bytes >= 36_000_000
     again = fleet(2)

@@ -72,7 +72,7 @@ def test_looking_claims_nothing(store_path: Path) -> None:
     before = sorted(p.relative_to(store_path).as_posix() for p in store_path.rglob("*"))
     with cs.open(store_path) as store:
         store.load()
-        store.verify()
+        store.verify(record=False)
         store.resolve("step:1")
     assert sorted(p.relative_to(store_path).as_posix() for p in store_path.rglob("*")) == before
     assert [p.name for p in (store_path / "writers").iterdir()] == ["0001.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import ckptstore as cs
 from tests.tiers.places import data_file, flip, state
 
 
-def wait_until(condition: object, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -43,6 +44,34 @@ def test_damage_without_a_backup_is_told_once(primary: Path, caplog: pytest.LogC
         wait_until(lambda: scrubber.read_blocks > 4)
 
     assert caplog.text.count("no backup to repair it from") == 1
+
+
+def test_each_pass_is_put_down(primary: Path, backup: Path) -> None:
+    """What it found, repaired and left; a pass that isn't over is not."""
+
+    def found() -> list[cs.Verification]:
+        return cs.open(primary, read_only=True).verifications()
+
+    with cs.open(primary, backup=backup) as store:
+        saved = [store.save(state(step), step=step) for step in range(2)]
+    flip(data_file(primary, saved[0].id), 9000)
+    with cs.open(primary, backup=backup, scrub=0.05):
+        wait_until(found)
+    first = found()[-1]
+    assert (first.by, first.ok, first.damages, first.repaired) == ("scrub", True, 0, 1)
+    assert (first.checkpoints, first.newest, first.id, first.sample) == (2, saved[1].id, None, 1.0)
+    assert first.read_bytes == sum(c.stored_bytes for c in saved)
+
+    flip(data_file(primary, saved[0].id), 9000)
+    before = found()
+    with cs.open(primary, scrub="1h") as store:
+        assert store._scrubber is not None
+        scrubber = store._scrubber
+        wait_until(lambda: scrubber.read_blocks)
+    assert found() == before
+    with cs.open(primary, scrub=0.05):
+        wait_until(lambda: not found()[0].ok)
+    assert found()[0].damages == 1
 
 
 def test_nothing_is_read_while_a_save_runs_in_the_background(primary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
