@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
+    from ckptstore.tools.usage import Usage, usage
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 
@@ -107,6 +108,7 @@ __all__ = [
     "Store",
     "TornReadWarning",
     "UnavailableError",
+    "Usage",
     "Verdict",
     "Verification",
     "VerifyReport",
@@ -128,6 +130,7 @@ __all__ = [
     "open",
     "register_type",
     "tagged",
+    "usage",
     "within",
 ]
 
@@ -159,6 +162,7 @@ _HOMES = {
     "ckptstore.state.registry": ("register_type",),
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
     "ckptstore.store": ("Store",),
+    "ckptstore.tools.usage": ("Usage", "usage"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -78,6 +78,11 @@ class View:
         return self._storage.url
 
     @property
+    def storage(self) -> Storage:
+        """Where it lies, for tools that look at what is there."""
+        return self._storage
+
+    @property
     def ranks(self) -> Crew | None:
         """The processes that save and load here together, under ``torch.distributed``; None for one by itself."""
         if self._crew is None and not self._alone:

@@ -9,6 +9,7 @@ import click
 
 from ckptstore import __version__
 from ckptstore.cli.outcome import reported
+from ckptstore.near import meant
 
 _HOMES = {
     "init": "init",
@@ -16,6 +17,7 @@ _HOMES = {
     "ls": "ls",
     "show": "show",
     "verify": "verify",
+    "du": "du",
     "copy": "copy",
     "hold": "hold",
     "release": "hold",
@@ -42,6 +44,14 @@ class CommandGroup(click.Group):
         command = getattr(importlib.import_module(f"ckptstore.cli.{_HOMES[cmd_name]}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _HOMES and not name.startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"no such command {name!r:.100}{meant(name, _HOMES)}")
+        return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Looked up here, because a script that misuses an option shall read its error as JSON too.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.cli.terminal import plain
+from ckptstore.near import meant_pattern
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -90,6 +91,13 @@ def wanted(name: str, patterns: tuple[str, ...]) -> bool:
     parts = name.split("/")
     folders = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return not patterns or any(fnmatchcase(folder, pattern) for pattern in patterns for folder in folders)
+
+
+def unmatched(patterns: tuple[str, ...], names: Collection[str]) -> Iterator[str]:
+    """For each of ``patterns`` that matches none of ``names`` a remark, with what may have been meant."""
+    for pattern in patterns:
+        if not any(wanted(name, (pattern,)) for name in names):
+            yield f"nothing here matches {pattern!r}{meant_pattern(pattern, names)}"
 
 
 def plain_values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,7 @@ def prune(
 
     Exit codes: 0 done, also if there was nothing to do; 2 no store at URL, the storage failed or wrong use.
     """
-    rules = _rules(keep, config)
+    rules = rules_of(keep, config)
     if dry_run:
         with looking(url) as (store, _):
             judgement = store.judge(rules) if rules is not None else None
@@ -76,7 +76,13 @@ def prune(
     answer(*lines, *_lines(report, dry_run=dry_run))
 
 
-def _rules(keep: str | None, config: str | None) -> Keep | None:
+def rules_of(keep: str | None, config: str | None) -> Keep | None:
+    """The rules that --keep or --config give.
+
+    Raises:
+        click.UsageError: both are given, or the config has no rules.
+        FormatError: what is written is no rule.
+    """
     if keep is not None and config is not None:
         raise click.UsageError("--keep and --config both say what stays: give one of them")
     if keep is not None:

@@ -10,8 +10,8 @@ import click
 
 from ckptstore.cli import texts
 from ckptstore.cli.access import looking
-from ckptstore.cli.outline import Branch, draw, grow, plain_values, value_text, wanted
-from ckptstore.cli.terminal import answer, emit, json_option, plain, table
+from ckptstore.cli.outline import Branch, draw, grow, plain_values, unmatched, value_text, wanted
+from ckptstore.cli.terminal import answer, emit, json_option, note, plain, table
 from ckptstore.errors import FormatError
 
 if TYPE_CHECKING:
@@ -48,8 +48,11 @@ def show(url: str, selector: str, depth: int, only: tuple[str, ...], as_json: bo
         checkpoint = store.resolve(selector)
         contents = store.contents(checkpoint)
         holds = store.holds()
-    tensors = {name: it for name, it in _tensors(contents).items() if wanted(name, only)}
-    values = {path: it for path, it in _values(contents).items() if wanted(path, only)}
+    all_tensors, all_values = _tensors(contents), _values(contents)
+    tensors = {name: it for name, it in all_tensors.items() if wanted(name, only)}
+    values = {path: it for path, it in all_values.items() if wanted(path, only)}
+    for remark in unmatched(only, [*all_tensors, *all_values]):
+        note(plain(remark))
     if as_json:
         emit(_document(checkpoint, contents, holds, tensors, values))
     else:

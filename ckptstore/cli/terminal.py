@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import click
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 # Where nobody looks, lines are cut or wrapped by whoever reads them.
@@ -39,6 +40,7 @@ def plain(text: str) -> str:
 def answer(*parts: RenderableType, fit: bool = True) -> None:
     """The person's answer on stdout, with ``fit`` tables made as wide as the terminal where one shows them."""
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(width=None if fit and sys.stdout.isatty() else _UNBOUNDED, highlight=False)
     for part in parts:
@@ -46,6 +48,8 @@ def answer(*parts: RenderableType, fit: bool = True) -> None:
             # Not wrapped: the terminal does it, and a command or an id copied from there stays whole.
             click.echo(_writable(plain(part)))
             continue
+        if isinstance(part, Table):
+            _fit(part, console)
         # By way of click: rich ends the process itself when the reader of a pipe has gone.
         with console.capture() as captured:
             console.print(part, markup=False)
@@ -58,14 +62,32 @@ def _writable(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table without frames; the columns named in ``right`` hold numbers."""
+def table(*columns: str, right: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Table:
+    """An empty table without frames; the columns named in ``right`` hold numbers.
+
+    Where it is wider than the terminal, ``drop`` names the columns that are left out, the first one first; the others
+    are folded, so that nothing in them is lost.
+    """
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    _droppable[made] = drop
     return made
+
+
+_droppable: WeakKeyDictionary[Table, Sequence[str]] = WeakKeyDictionary()
+
+
+def _fit(part: Table, console: Console) -> None:
+    """Leave out columns of a table that is too wide for the terminal."""
+    from rich.measure import Measurement
+
+    for name in _droppable.get(part, ()):
+        if Measurement.get(console, console.options.update(width=_UNBOUNDED), part).maximum <= console.width:
+            break
+        part.columns = [column for column in part.columns if column.header != name]
 
 
 @contextmanager
@@ -87,6 +109,13 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total or None)
+
+
+@contextmanager
+def count_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over things that are done one after the other on stderr, or None where that is no terminal."""
+    with round_progress() as progress:
+        yield None if progress is None else lambda done, total: progress(title, done, total)
 
 
 @contextmanager

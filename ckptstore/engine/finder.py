@@ -10,8 +10,8 @@ from ckptstore.engine.backups import Backups
 from ckptstore.engine.catalogue import Cache, Catalogue, Checkpoint, read_holds, scan
 from ckptstore.engine.commit import is_evicted, read_store
 from ckptstore.engine.damage import DamageWarning, all_damaged, as_error, warn_damaged
-from ckptstore.engine.select import SELECTORS, select
-from ckptstore.errors import FormatError, IntegrityError, NotFoundError
+from ckptstore.engine.select import no_selector, select
+from ckptstore.errors import IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import StoreRecord
@@ -88,7 +88,7 @@ class Finder:
             IntegrityError: the one that is meant has a damaged record, or all have.
         """
         if not isinstance(selector, str):
-            raise FormatError(f"{selector!r} is no selector; use {SELECTORS}")
+            raise no_selector(selector)
         newest = catalogue.checkpoints[-1] if selector == "latest" and catalogue.checkpoints else None
         warn_damaged(catalogue.damaged, newest)
         plain = ":" not in selector and selector != "latest"

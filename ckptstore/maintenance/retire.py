@@ -27,6 +27,24 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
         IntegrityError: a commit record or a hold can't be read: who knows what it keeps.
         StorageError: something can't be listed or read.
     """
+    held, trash = holders(storage, catalogue), trash_bytes(storage, catalogue, keep)
+
+    def look(bad: dict[str, str]) -> Judgement:
+        now = datetime.now(UTC)
+        return judge(keep, catalogue.checkpoints, now=now, held=held, bad=bad, other_bytes=trash)
+
+    first = look({})
+    # Whether they are whole is worth a listing of all files only where something would go.
+    return look(incomplete(storage.list(layout.CHECKPOINTS), catalogue.checkpoints)) if first.going else first
+
+
+def holders(storage: Storage, catalogue: Catalogue) -> dict[str, list[str]]:
+    """The names of the holds that pin each id.
+
+    Raises:
+        IntegrityError: a commit record or a hold can't be read: who knows what it keeps.
+        StorageError: something can't be listed or read.
+    """
     names, unreadable = read_holds(storage)
     for damage in (*catalogue.damaged, *unreadable):
         raise IntegrityError(
@@ -35,17 +53,17 @@ def judged(storage: Storage, catalogue: Catalogue, keep: Keep) -> Judgement:
     held: dict[str, list[str]] = {}
     for name, id in names.items():
         held.setdefault(id, []).append(name)
-    # What the rules let go of makes room by itself, see ``crowded``; what a person deleted doesn't.
-    by_hand = [] if keep.limit_bytes is None else _by_hand(storage, catalogue.buried)
-    trash = sum(map(own_bytes, by_hand))
+    return held
 
-    def look(bad: dict[str, str]) -> Judgement:
-        now = datetime.now(UTC)
-        return judge(keep, catalogue.checkpoints, now=now, held=held, bad=bad, other_bytes=trash)
 
-    first = look({})
-    # Whether they are whole is worth a listing of all files only where something would go.
-    return look(incomplete(storage, catalogue.checkpoints)) if first.going else first
+def trash_bytes(storage: Storage, catalogue: Catalogue, keep: Keep) -> int:
+    """What lies in the trash and makes no room by itself under ``keep``: what a person deleted.
+
+    Raises:
+        StorageError: a tombstone can't be read.
+    """
+    # What the rules let go of does, see ``crowded``.
+    return sum(map(own_bytes, _by_hand(storage, catalogue.buried))) if keep.limit_bytes is not None else 0
 
 
 def _by_hand(storage: Storage, buried: Iterable[Checkpoint]) -> list[Checkpoint]:
@@ -57,15 +75,11 @@ def given_up(keep: Keep, checkpoints: Sequence[Checkpoint]) -> set[str]:
     return {verdict.id for verdict in judge(keep, checkpoints, now=datetime.now(UTC)).going}
 
 
-def incomplete(storage: Storage, checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
-    """Of which of ``checkpoints`` files are missing or cut short, as the listing tells, and what is wrong.
-
-    Raises:
-        StorageError: the listing is incomplete.
-    """
+def incomplete(entries: Iterable[Entry], checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Of which of ``checkpoints`` files are missing or cut short, as a listing tells, and what is wrong."""
     manifests: dict[CheckpointId | None, int] = {}
     data: dict[CheckpointId | None, int] = {}
-    for entry in storage.list(layout.CHECKPOINTS):
+    for entry in entries:
         id = layout.folder_id(entry.key)
         if id is not None and entry.key == layout.manifest_key(id):
             manifests[id] = entry.size

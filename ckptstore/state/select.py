@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase, translate
 from typing import Any, Final
 
 from ckptstore.errors import FormatError, StateError
+from ckptstore.near import meant_pattern
 from ckptstore.state.encode import join, key_text
 from ckptstore.state.values import DICT_KINDS, TAG
 
@@ -88,7 +89,9 @@ class Selection:
                 if isinstance(tree, dict) and TAG not in tree
                 else ""
             )
-            raise StateError(f"only={names} matches nothing in the checkpoint: patterns are like 'model/*'{known}")
+            hint = meant_pattern(unused[0], _names(tree, "", 0)) if unused else ""
+            like = f"{hint} Patterns" if hint else ": patterns"
+            raise StateError(f"only={names} matches nothing in the checkpoint{like} are like 'model/*'{known}")
 
     def _prune(self, node: Any, path: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -190,6 +193,16 @@ def _heads(pattern: str) -> Iterator[str]:
     """The pattern, and what stands before each of its slashes."""
     yield pattern
     yield from (pattern[:index] for index, character in enumerate(pattern) if character == "/")
+
+
+def _names(node: object, path: str, depth: int) -> Iterator[str]:
+    """The paths of all nodes and the names of all tensors in a tree."""
+    if isinstance(node, dict) and node.get(TAG) == "tensor":
+        yield str(node.get("name"))
+    elif depth < _MAX_DEPTH:
+        yield from ([path] if path else [])
+        for name, child in _children(node):
+            yield from _names(child, join(path, name), depth + 1)
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:

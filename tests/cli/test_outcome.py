@@ -18,6 +18,7 @@ COMMANDS = {
     "ls": (),
     "show": (),
     "verify": (),
+    "du": (),
     "copy": ("memory://target of a copy",),
     "hold": ("latest", "name"),
     "release": ("name",),
@@ -107,6 +108,9 @@ def test_the_group_lists_all_commands(run: Run) -> None:
 def test_unknown_commands(run: Run) -> None:
     assert run("lss").exit_code == 2
     assert run("lss", "--json").json["error"]["code"] == "usage"
+    assert "no such command 'verfy'; did you mean 'verify'?" in run("verfy", "x").stderr
+    assert "did you mean" not in run("nonsense").stderr
+    assert "No such option '--lst'. Did you mean '--last'?" in run("ls", "x", "--lst", "5").stderr
 
 
 def test_version(run: Run) -> None:

@@ -77,7 +77,9 @@ def test_only_takes_names_and_folders(run: Run, url: str) -> None:
     assert (len(model["tensors"]), model["values"]) == (3, {})
     both = run("show", url, "--only", "plain/lr", "--only", "*bias", "--json").json
     assert (list(both["tensors"]), both["values"]) == (["model/layers.0.bias"], {"plain/lr": 0.001})
-    assert "0 tensors, 0 B in all" in run("show", url, "--only", "nothing").stdout
+    nothing = run("show", url, "--only", "modle/*", "--only", "plain")
+    assert "0 tensors, 0 B in all" in nothing.stdout
+    assert nothing.stderr == "nothing here matches 'modle/*'; did you mean 'model/*'?\n"
 
 
 def test_missing_ones_are_bad_news_and_bad_selectors_wrong_use(run: Run, url: str) -> None:

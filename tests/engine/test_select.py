@@ -110,3 +110,40 @@ def test_empty_store() -> None:
 def test_mode_by_name(metric: str, mode: str) -> None:
     """Losses, errors and perplexities are better when smaller."""
     assert default_mode(metric) == mode
+
+
+@pytest.mark.parametrize(
+    ("selector", "hint"),
+    [
+        ("step:260", "the nearest are step 200, 250, 300."),
+        ("epoch:9", "there is epoch 1, 2."),
+        ("milestone:2B", "milestones here: 1B."),
+        ("best:val_los", "metrics here: acc, odd, val_loss; did you mean 'val_loss'?"),
+        ("250", "did you mean 'step:250'?"),
+        ("acc", "did you mean 'best:acc'?"),
+        ("0001-000006", f"did you mean '{SEVERAL[4].id}'"),
+        ("papre", "did you mean 'paper'?"),
+        ("lates", "did you mean 'latest'?"),
+        ("nonsense", "holds here: paper."),
+    ],
+)
+def test_what_was_meant_is_told(selector: str, hint: str) -> None:
+    """A misspelt or missing one is answered with what is there and nearest to it."""
+    with pytest.raises(NotFoundError) as caught:
+        chosen(selector, {"paper": SEVERAL[1].id})
+    assert hint in str(caught.value)
+
+
+def test_a_misspelt_kind_is_told() -> None:
+    with pytest.raises(FormatError, match="did you mean 'step:10'[?] Use latest"):
+        chosen("stp:10")
+    with pytest.raises(FormatError, match="'s3://x' is no selector; use latest"):
+        chosen("s3://x")
+
+
+def test_of_very_many_only_some_are_shown() -> None:
+    many = [checkpoint(n, n, metrics={f"metric {n}": 1.0}) for n in range(1, 3000)]
+    for selector in ("best:metric", "step:5000", "metric", "x" * 100_000):
+        with pytest.raises(NotFoundError) as caught:
+            select(many, {f"hold{n}": many[0].id for n in range(1000)}, selector, "here")
+        assert len(str(caught.value)) < 1000
