@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
+    from ckptstore.tools.bisect import Bisection, bisect
     from ckptstore.tools.usage import Usage, usage
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bisection",
     "Checkpoint",
     "CheckpointError",
     "Checkpointer",
@@ -116,6 +118,7 @@ __all__ = [
     "at",
     "at_most",
     "best",
+    "bisect",
     "budget",
     "diverged",
     "epoch_plan",
@@ -162,6 +165,7 @@ _HOMES = {
     "ckptstore.state.registry": ("register_type",),
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
     "ckptstore.store": ("Store",),
+    "ckptstore.tools.bisect": ("Bisection", "bisect"),
     "ckptstore.tools.usage": ("Usage", "usage"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -18,6 +18,7 @@ _HOMES = {
     "show": "show",
     "verify": "verify",
     "du": "du",
+    "bisect": "bisect",
     "copy": "copy",
     "hold": "hold",
     "release": "hold",
@@ -55,7 +56,8 @@ class CommandGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Looked up here, because a script that misuses an option shall read its error as JSON too.
-        ctx.meta["json"] = "--json" in args
+        # What stands behind "--" is another command's.
+        ctx.meta["json"] = "--json" in (args[: args.index("--")] if "--" in args else args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -135,7 +135,7 @@ def test_what_was_meant_is_told(selector: str, hint: str) -> None:
 
 
 def test_a_misspelt_kind_is_told() -> None:
-    with pytest.raises(FormatError, match="did you mean 'step:10'[?] Use latest"):
+    with pytest.raises(FormatError, match=r"did you mean 'step:10'\? Use latest"):
         chosen("stp:10")
     with pytest.raises(FormatError, match="'s3://x' is no selector; use latest"):
         chosen("s3://x")
