@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import FormatError, IntegrityError
-from ckptstore.store import Store
+from ckptstore.view import View
 
 Verdict: TypeAlias = Literal["good", "bad", "skipped", "damaged"]
 
@@ -48,7 +48,7 @@ Test: TypeAlias = Callable[[Checkpoint], bool | None]
 
 
 def bisect(
-    store: Store,
+    store: View,
     good: str,
     bad: str,
     test: Test,

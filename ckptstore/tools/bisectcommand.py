@@ -12,7 +12,7 @@ from pathlib import Path
 import ckptstore
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError
-from ckptstore.store import Store
+from ckptstore.view import View
 
 SKIP = 125
 """The exit code of a command that can't test a checkpoint."""
@@ -35,7 +35,7 @@ class CommandTest:
     """
 
     def __init__(
-        self, store: Store, command: Sequence[str], *, to: str = "torch", only: Sequence[str] = (), folder: str | None
+        self, store: View, command: Sequence[str], *, to: str = "torch", only: Sequence[str] = (), folder: str | None
     ) -> None:
         if not command:
             raise FormatError("bisect needs a command to test with, as: -- python evaluate.py {path}")

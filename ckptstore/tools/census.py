@@ -19,7 +19,7 @@ from ckptstore.format.records import FileEntry
 from ckptstore.maintenance.leftovers import find_leftovers
 from ckptstore.maintenance.lent import Lent
 from ckptstore.storage.base import Entry, Storage
-from ckptstore.store import Store
+from ckptstore.view import View
 
 Kind: TypeAlias = Literal["checkpoints", "trash", "unfinished", "damaged", "records", "foreign"]
 KINDS: Final[tuple[Kind, ...]] = ("checkpoints", "trash", "unfinished", "damaged", "records", "foreign")
@@ -93,7 +93,7 @@ class Census:
         return sum(self.sizes.get(key, 0) for key in keys)
 
 
-def take_census(store: Store, progress: Progress | None = None) -> Census:
+def take_census(store: View, progress: Progress | None = None) -> Census:
     """Look at all that lies at ``store.url``; backups are stores of their own.
 
     Args:

@@ -15,8 +15,8 @@ from ckptstore.policy.judge import judge
 from ckptstore.policy.progress import MILESTONE
 from ckptstore.policy.retention import AnyOf, AtMost, Keep, Situation, rules_of
 from ckptstore.policy.rules import Best, Epochs, MilestonesKept
-from ckptstore.store import Store
 from ckptstore.tools.census import RECORDS, Census, take_census
+from ckptstore.view import View
 
 _NUMBER = re.compile(r"\d[\d.,]*")
 _EPOCH = re.compile(r"epoch \d+")
@@ -162,7 +162,7 @@ class Usage:
     keep: KeepUsage | None
 
 
-def usage(store: Store, keep: Keep | None = None, *, progress: Progress | None = None) -> Usage:
+def usage(store: View, keep: Keep | None = None, *, progress: Progress | None = None) -> Usage:
     """What takes up the space at ``store.url``: by role, component, codec and checkpoint. Only records are read.
 
     A file that several checkpoints share lies there once and counts once wherever several are taken together. What
@@ -268,7 +268,7 @@ def _parts(found: Mapping[str, Sequence[tuple[int, int]]]) -> list[PartUsage]:
     return sorted(parts, key=lambda part: (-part.bytes, part.name))
 
 
-def _cost(census: Census, store: Store, keep: Keep) -> KeepUsage:
+def _cost(census: Census, store: View, keep: Keep) -> KeepUsage:
     """What ``keep`` costs: rule by rule, compared with the same rules without it."""
     now, checkpoints = datetime.now(UTC), census.checkpoints
     held, bad = holders(store.storage, census.catalogue), incomplete(census.entries, checkpoints)
