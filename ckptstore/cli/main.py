@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import click
@@ -29,6 +30,7 @@ _HOMES = {
     "signal": "signal",
     "bench": "bench",
     "doctor": "doctor",
+    "completion": "completion",
 }
 """The module of each command, in the order in which the help lists them."""
 
@@ -44,6 +46,10 @@ class CommandGroup(click.Group):
             return None
         command = getattr(importlib.import_module(f"ckptstore.cli.{_HOMES[cmd_name]}"), cmd_name)
         assert isinstance(command, click.Command)
+        if ctx.resilient_parsing:
+            from ckptstore.cli.completing import completed
+
+            return completed(command)
         return command
 
     def resolve_command(
@@ -68,7 +74,7 @@ class CommandGroup(click.Group):
 @click.group(
     cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Completion in the shell: eval "$(_CKPTSTORE_COMPLETE=bash_source ckptstore)" (zsh_source, fish_source).',
+    epilog='Completion in the shell: eval "$(ckptstore completion bash)", or zsh, or fish.',
 )
 @click.version_option(__version__, prog_name="ckptstore")
 def cli() -> None:
@@ -99,4 +105,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line of this process."""
+    if os.environ.get("_CKPTSTORE_COMPLETE"):
+        from ckptstore.cli.completing import register
+
+        register()
     cli(prog_name="ckptstore")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ckptstore
-from tests.cli.conftest import Run, data_file, flip
+from tests.cli.conftest import Run, data_file, flip, started
 
 needs_export = pytest.mark.skipif("export" not in ckptstore.__all__, reason="there is no export yet")
 
@@ -97,9 +97,8 @@ def test_exports_are_made_for_the_command_and_removed(run: Run, url: str, tmp_pa
 @needs_export
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_search_that_is_broken_off_leaves_no_export(url: str, tmp_path: Path, signum: int, code: int) -> None:
-    args = looking_at(
-        "--dir", str(tmp_path / "exports"), "--", "sh", "-c", f"touch '{tmp_path}/begun'; sleep 100 {{path}}"
-    )
+    script = f"touch '{tmp_path}/begun'; sleep 100 '{{path}}'"
+    args = looking_at("--dir", str(tmp_path / "exports"), "--", "sh", "-c", script)
     (tmp_path / "exports").mkdir()
     with started("bisect", url, *args, until=(tmp_path / "begun").exists) as child:
         assert list((tmp_path / "exports").iterdir()) != []

@@ -30,9 +30,10 @@ COMMANDS = {
     "signal": ("save",),
     "bench": ("--size", "2MB"),
     "doctor": ("--size", "2MB"),
+    "completion": ("bash",),
 }
-# init writes a config and plan reads one; neither takes a URL.
-WITH_URL = [name for name in COMMANDS if name not in ("init", "plan")]
+# init writes a config, plan reads one, and completion is about none; they take no URL.
+WITH_URL = [name for name in COMMANDS if name not in ("init", "plan", "completion")]
 # doctor asks about storages, where no store need be.
 OF_STORES = [name for name in WITH_URL if name != "doctor"]
 
@@ -101,7 +102,7 @@ def test_the_group_lists_all_commands(run: Run) -> None:
     shown = run("--help").stdout
     for command in COMMANDS:
         assert f"\n  {command} " in shown
-    assert "_CKPTSTORE_COMPLETE" in shown
+    assert "ckptstore completion bash" in shown
     listing = shown.partition("Commands:")[2]
     assert "..." not in listing, "a summary was cut"
 
