@@ -29,8 +29,15 @@ _TITLES = {
 
 @click.command()
 @click.argument("url")
-@click.option("--size", type=size_bytes, default="1GB", show_default=True, help="100MB, 1GB, 1GiB.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Times each one is measured.")
+@click.option("--size", type=size_bytes, default="1GB", show_default=True, metavar="SIZE", help="100MB, 1GB, 1GiB.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Times each one is measured.",
+)
 @json_option
 def bench(url: str, size: int, rounds: int, as_json: bool) -> None:
     """Measure how fast saving and loading are at URL.

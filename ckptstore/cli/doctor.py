@@ -54,7 +54,9 @@ _DAMAGED = {
 
 @click.command()
 @click.argument("url")
-@click.option("--size", type=size_bytes, default="256MB", show_default=True, help="Of the blocks: 100MB, 1GiB.")
+@click.option(
+    "--size", type=size_bytes, default="256MB", show_default=True, metavar="SIZE", help="Of the blocks: 1GiB."
+)
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:

@@ -28,7 +28,9 @@ _Values = dict[str, Any]
 @click.command()
 @click.argument("url")
 @click.argument("selector", default="latest")
-@click.option("--depth", type=click.IntRange(min=1), default=3, show_default=True, help="Levels of names to unfold.")
+@click.option(
+    "--depth", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Levels of names to unfold."
+)
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only these names, as 'model/*'. Can be repeated.")
 @json_option
 def show(url: str, selector: str, depth: int, only: tuple[str, ...], as_json: bool) -> None:
