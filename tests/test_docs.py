@@ -49,17 +49,6 @@ def test_schema_is_the_committed_one() -> None:
     assert schema.PATH.read_text() == schema.generate()
 
 
-def test_readme_names_every_command() -> None:
-    """Each command of the command line stands in the README."""
-    import click
-
-    from ckptstore.cli.main import cli
-
-    names = cli.list_commands(click.Context(cli))
-    missing = [name for name in names if f"ckptstore {name}" not in README]
-    assert not missing
-
-
 def test_links_lead_somewhere() -> None:
     """Relative links of README and CONTRIBUTING name files that exist."""
     for document in ("README.md", "CONTRIBUTING.md"):

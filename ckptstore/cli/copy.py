@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def copy(ctx: click.Context, source: str, target: str, select: tuple[str, ...], as_json: bool) -> None:
-    """Copy checkpoints from the store at SOURCE to TARGET, both as URL.
+    """Copy checkpoints from SOURCE to TARGET, both as URL.
 
     Each keeps its id. Every block is proven before it is sent, and again when it has arrived, by the server's own
     checksum or by reading it back. What is there already isn't copied again, so a copy that was broken off is taken

@@ -91,7 +91,7 @@ def doctor(ctx: click.Context, url: str, size: int, as_json: bool) -> None:
     if as_json:
         emit(_document(url, report) | {"backups": [texts.lag_fields(lag) for lag in lags]})
     else:
-        answer(*_parts(report), *map(texts.lag_text, lags), fit=False)
+        answer(*_parts(report), *map(texts.lag_text, lags))
     if not report.ok:
         ctx.exit(BAD_NEWS)
 
@@ -155,7 +155,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
 
 
 def _promises(report: Report) -> Table:
-    made = table("promise", "answer", "what was seen")
+    made = table("promise", "answer", "what was seen", fold=("promise", "what was seen"))
     for it in report.promises:
         style = "" if it.holds else "red"
         made.add_row(_TITLES[it.name], "holds" if it.holds else "doesn't hold", plain(it.detail), style=style)
@@ -165,7 +165,7 @@ def _promises(report: Report) -> Table:
 def _figures(report: Report) -> Table:
     low, high = min(report.create_s) * 1e3, max(report.create_s) * 1e3
     latency = f"{report.create_median_s * 1e3:.3g} ms ({low:.3g} to {high:.3g})"
-    made = table("storage", "")
+    made = table("storage", "", fold=("",))
     made.add_row("kind", plain(report.kind))
     made.add_row("durability", f"{report.durability}: {_DURABILITY[report.durability]}")
     made.add_row("I/O", plain(_DIRECT_IO[report.direct_io].format(kind=report.kind)))

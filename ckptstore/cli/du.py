@@ -98,14 +98,14 @@ def _kinds(found: Usage) -> Iterator[str]:
 
 
 def _roles(roles: Sequence[RoleUsage]) -> Table:
-    made = table("role", "count", "in all", "only", right=("count", "in all", "only"), drop=("count",))
+    made = table("role", "count", "in all", "only", right=("count", "in all", "only"), drop=("count",), fold=("role",))
     for role in roles:
         made.add_row(plain(role.name), str(role.checkpoints), texts.size_text(role.bytes), _size(role.only_bytes))
     return made
 
 
 def _stored(title: str, noun: str, parts: Sequence[PartUsage]) -> Table:
-    made = table(title, noun, "stored", "raw", right=(noun, "stored", "raw"), drop=(noun,))
+    made = table(title, noun, "stored", "raw", right=(noun, "stored", "raw"), drop=(noun,), fold=(title,))
     for part in parts:
         sizes = texts.size_text(part.bytes), texts.size_text(part.raw_bytes)
         made.add_row(plain(part.name), f"{part.objects:,}", *sizes)
@@ -115,7 +115,7 @@ def _stored(title: str, noun: str, parts: Sequence[PartUsage]) -> Table:
 def _checkpoints(checkpoints: Sequence[CheckpointUsage]) -> Table:
     short = texts.short_ids(one.id for one in checkpoints)
     numbers = ("step", "in all", "own", "borrowed", "only")
-    made = table("id", *numbers, "roles", right=numbers, drop=("own", "borrowed", "step"))
+    made = table("id", *numbers, "roles", right=numbers, drop=("own", "borrowed", "step"), fold=("roles",))
     for one in checkpoints:
         sizes = (_size(count) for count in (one.bytes, one.own_bytes, one.borrowed_bytes, one.only_bytes))
         made.add_row(short[one.id], str(one.step), *sizes, plain(", ".join(one.roles)))
@@ -123,7 +123,7 @@ def _checkpoints(checkpoints: Sequence[CheckpointUsage]) -> Table:
 
 
 def _rules(keep: KeepUsage) -> Iterator[RenderableType]:
-    made = table("rule", "keeps", "in all", "only", right=("keeps", "in all", "only"), drop=("keeps",))
+    made = table("rule", "keeps", "in all", "only", right=("keeps", "in all", "only"), drop=("keeps",), fold=("rule",))
     for rule in keep.rules:
         made.add_row(plain(rule.rule), str(rule.checkpoints), texts.size_text(rule.bytes), _size(rule.only_bytes))
     if keep.always_bytes:

@@ -64,9 +64,8 @@ def ls(ctx: click.Context, url: str, deleted: bool, last: int | None, backups: t
         verification = texts.verification_fields(verified) if verified is not None else None
         emit({**_document(store.url, rows, short, holds, lags, catalogue), "last_verification": verification})
     else:
-        # Lines like those of a log: a narrow terminal breaks them, and no id is ever cut.
         foot = [] if verified is None else [texts.verification_text(verified, _since(verified, catalogue))]
-        answer(_table(rows, short, holds, catalogue), *map(texts.lag_text, lags), *foot, fit=False)
+        answer(_table(rows, short, holds, catalogue), *map(texts.lag_text, lags), *foot)
     if catalogue.damaged:
         damaged = texts.count_text(len(catalogue.damaged), "commit record")
         note(f"{damaged} damaged; 'ckptstore verify {url}' says what is wrong")
@@ -134,7 +133,7 @@ def _table(rows: list[_Row], short: Mapping[str, str], holds: Mapping[str, str],
     lines = [_cells(row, short[str(row.order)], holds, catalogue) for row in rows]
     # What no checkpoint here has takes no room.
     used = [name for name in _COLUMNS if name in _ALWAYS or any(line.get(name) for line in lines)]
-    made = table(*used, right=("step", "epoch", "size"))
+    made = table(*used, right=("step", "epoch", "size"), fold=("marks", "metrics", "reasons"))
     for row, line in zip(rows, lines, strict=True):
         style = {"good": "", "deleted": "dim", "damaged": "red"}[row.status]
         made.add_row(*(Text(plain(line.get(name, ""))) for name in used), style=style)

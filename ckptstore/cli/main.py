@@ -62,6 +62,8 @@ class CommandGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Looked up here, because a script that misuses an option shall read its error as JSON too.
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            ctx.color = False
         # What stands behind "--" is another command's.
         ctx.meta["json"] = "--json" in (args[: args.index("--")] if "--" in args else args)
         return super().parse_args(ctx, args)

@@ -83,7 +83,7 @@ def _draw(tree: Tree, branch: Branch, depth: int, label: Callable[[Branch], str]
 def _text(content: str) -> Any:
     from rich.text import Text
 
-    return Text(plain(content), overflow="ellipsis", no_wrap=True)
+    return Text(plain(content), overflow="fold")
 
 
 def wanted(name: str, patterns: tuple[str, ...]) -> bool:

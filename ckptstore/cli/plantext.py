@@ -139,10 +139,8 @@ def _table(asked: Asked, plan: Plan) -> Table:
     columns = ["step", "epoch", "time", "why", "goes", "there", "bytes"]
     # What nobody knows, and what never happens, takes no room.
     used = [name for name in columns if any(line.get(name) for line in lines)]
-    made = table(*used, right=("step", "epoch", "time", "there", "bytes"))
-    for name, column in zip(used, made.columns, strict=True):
-        if name in ("why", "goes"):
-            column.no_wrap, column.overflow = False, "fold"
+    numbers = ("step", "epoch", "time", "there", "bytes")
+    made = table(*used, right=numbers, drop=("there", "epoch"), fold=("why", "goes"))
     stays = {verdict.step for verdict in plan.final}
     hidden = len(plan.moments) - len(lines)
     for number, (moment, line) in enumerate(zip(_shown(plan.moments, _ENDS), lines, strict=True)):
@@ -192,8 +190,7 @@ def _end(asked: Asked, plan: Plan) -> Iterator[RenderableType]:
 def _final(plan: Plan) -> Table:
     from rich.text import Text
 
-    made = table("step", "why", right=("step",))
-    made.columns[1].no_wrap, made.columns[1].overflow = False, "fold"
+    made = table("step", "why", right=("step",), fold=("why",))
     shown = _shown(plan.final, _WHY_ENDS)
     for number, verdict in enumerate(shown):
         if len(shown) < len(plan.final) and number == _WHY_ENDS:

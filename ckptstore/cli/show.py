@@ -148,7 +148,15 @@ def _files(contents: Contents) -> Table:
     numbers = ("tensors", "blocks", "stored", "raw")
     files = [_file_fields(file) for file in contents.files]
     lent = any(it["owner"] != contents.commit.id for it in files)
-    made = table("file", *numbers, "codec", *(["borrowed from"] if lent else []), right=numbers)
+    made = table(
+        "file",
+        *numbers,
+        "codec",
+        *(["borrowed from"] if lent else []),
+        right=numbers,
+        drop=("blocks", "raw"),
+        fold=("file", "borrowed from"),
+    )
     for it in files:
         sizes = texts.size_text(it["stored_bytes"]), texts.size_text(it["raw_bytes"])
         borrowed = it["owner"] if it["owner"] != contents.commit.id else ""

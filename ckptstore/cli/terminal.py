@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
 # Where nobody looks, lines are cut or wrapped by whoever reads them.
@@ -37,22 +38,23 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
-def answer(*parts: RenderableType, fit: bool = True) -> None:
-    """The person's answer on stdout, with ``fit`` tables made as wide as the terminal where one shows them."""
+def answer(*parts: RenderableType) -> None:
+    """The person's answer on stdout, with tables as wide as the terminal where one shows them."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if fit and sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+    from ckptstore.cli.fitting import fitted
+
+    console = Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
     for part in parts:
         if isinstance(part, str):
             # Not wrapped: the terminal does it, and a command or an id copied from there stays whole.
             click.echo(_writable(plain(part)))
             continue
-        if isinstance(part, Table):
-            _fit(part, console)
+        shown = fitted(part, console, _droppable[part]) if isinstance(part, Table) and part in _droppable else part
         # By way of click: rich ends the process itself when the reader of a pipe has gone.
         with console.capture() as captured:
-            console.print(part, markup=False)
+            console.print(shown, markup=False)
         click.echo(_writable("\n".join(line.rstrip() for line in captured.get().split("\n"))), nl=False)
 
 
@@ -62,17 +64,18 @@ def _writable(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def table(*columns: str, right: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Table:
+def table(*columns: str, right: tuple[str, ...] = (), drop: tuple[str, ...] = (), fold: tuple[str, ...] = ()) -> Table:
     """An empty table without frames; the columns named in ``right`` hold numbers.
 
-    Where it is wider than the terminal, ``drop`` names the columns that are left out, the first one first; the others
-    are folded, so that nothing in them is lost.
+    Where it is wider than the terminal, the columns in ``drop`` are left out, the first one first, and then those in
+    ``fold`` are folded. Where that isn't enough, each row takes a line for each cell, so that nothing in it is cut.
     """
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        made.add_column(column, justify=justify, no_wrap=column not in fold, overflow="fold")
     _droppable[made] = drop
     return made
 
@@ -80,20 +83,15 @@ def table(*columns: str, right: tuple[str, ...] = (), drop: tuple[str, ...] = ()
 _droppable: WeakKeyDictionary[Table, Sequence[str]] = WeakKeyDictionary()
 
 
-def _fit(part: Table, console: Console) -> None:
-    """Leave out columns of a table that is too wide for the terminal."""
-    from rich.measure import Measurement
-
-    for name in _droppable.get(part, ()):
-        if Measurement.get(console, console.options.update(width=_UNBOUNDED), part).maximum <= console.width:
-            break
-        part.columns = [column for column in part.columns if column.header != name]
+def _animated() -> bool:
+    """Whether stderr is a terminal that can draw over what it has shown."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar over bytes on stderr, or None where that is no terminal."""
-    if not sys.stderr.isatty():
+    if not _animated():
         yield None
         return
     from rich import progress
@@ -121,7 +119,7 @@ def count_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
 @contextmanager
 def round_progress() -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar over operations on stderr that says which one runs, or None where that is no terminal."""
-    if not sys.stderr.isatty():
+    if not _animated():
         yield None
         return
     from rich import progress

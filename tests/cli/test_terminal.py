@@ -1,0 +1,126 @@
+"""Narrow terminals, dumb ones, no colours and wide characters: nothing that matters is cut, and nothing else breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.cells import cell_len
+
+import ckptstore
+from tests.cli.conftest import environment, told
+
+SEVERAL = """
+import json, sys
+from ckptstore.cli.main import cli
+for args in json.loads(sys.argv[1]):
+    print("=== " + args[0], flush=True)
+    try:
+        cli(args, prog_name="ckptstore")
+    except SystemExit as end:
+        print("=== ended with", end.code, flush=True)
+"""
+
+
+@pytest.fixture
+def store(store_path: Path) -> str:
+    """Metrics, reasons and names as people write them everywhere, some of them long, and a borrowed file."""
+    frozen = torch.nn.Linear(8, 8)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    with ckptstore.open(store_path) as store:
+        for step in (10, 20):
+            metrics = {"val_loss": 1.2345 + step, "損失": 0.5}
+            state = {"model": frozen, "ключ": {"値" * 30: torch.ones(4)}}
+            store.save(state, step=step, epoch=1, metrics=metrics, reasons=["評価の後に保存", "every 10 steps"])
+        store.hold("step:10", "a-rather-long-name-of-a-hold-for-the-paper")
+    return str(store_path)
+
+
+def shown(commands: list[list[str]], **variables: str) -> dict[str, str]:
+    """What a terminal shows of each command, all run by one process."""
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", SEVERAL, json.dumps(commands)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment(**{"TERM": "xterm", "NO_COLOR": "", **variables}),
+    )
+    os.close(follower)
+    seen = told(leader).decode().replace("\r\n", "\n")
+    child.wait(timeout=60)
+    os.close(leader)
+    parts = re.findall(r"^=== (\w+)\n(.*?)^=== ended with 0\n", seen, re.DOTALL | re.MULTILINE)
+    assert len(parts) == len(commands), seen
+    return dict(parts)
+
+
+def undressed(text: str) -> str:
+    """``text`` without colours and what moves the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+PLAN = ["plan", "--save", "every(steps=100)", "--keep", "last(3) | epochs()", "--steps", "500", "--epochs", "2"]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_nothing_that_matters_is_cut(store: str, columns: int) -> None:
+    with ckptstore.open(store, read_only=True) as opened:
+        ids = [checkpoint.id for checkpoint in opened.checkpoints()]
+    looks = [["ls", store], ["show", store], ["du", store, "--all", "--keep", "last(1) | best('val_loss')"]]
+    seen = {name: undressed(text) for name, text in shown([*looks, PLAN], COLUMNS=str(columns)).items()}
+
+    for name in ("ls", "show"):
+        assert max(map(cell_len, seen[name].splitlines())) <= columns, name
+    for id in ids:
+        assert id[:11] in seen["ls"]
+        assert id[:11] in seen["du"]
+    whole = {name: re.sub(r"[\s│├└─]+", "", text) for name, text in seen.items()}
+    for text in ("21.235", "every", "評価の", "a-rather-"):
+        assert text in whole["ls"]
+    for text in (ids[1], "値" * 30, "F32[4]", "16B", "model-frozen.safetensors"):
+        assert text in whole["show"], text
+    for text in ("last(1)", "best('val_loss')", "best:val_loss", "model", "none"):
+        assert text in seen["du"], text
+    for text in ("500", "one of the newest 3", "end of epoch 2"):
+        assert text.replace(" ", "") in whole["plan"], text
+    assert "…" not in seen["ls"] + seen["show"] + seen["du"]
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colours_where_none_are_wanted(store: str, variables: dict[str, str]) -> None:
+    """A dumb terminal gets no bars, either, which it could not draw over."""
+    looks = [["ls", store], ["verify", store], PLAN]
+    coloured = "".join(shown(looks).values())
+    plain = "".join(shown(looks, **variables).values())
+    assert re.search(r"\x1b\[[0-9;]*m", coloured)
+    assert "verifying" in coloured
+    assert re.search(r"\x1b\[(3|4|9)\d", plain) is None
+    assert "good: 2 checkpoints" in plain
+    if "TERM" in variables:
+        assert "\x1b" not in plain
+        assert "verifying" not in plain
+
+
+def test_errors_are_red_only_where_colours_are_wanted() -> None:
+    def said(**variables: str) -> str:
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "ckptstore.cli", "ls", "/no/such/store"]
+        env = environment(**{"TERM": "xterm", "NO_COLOR": "", **variables})
+        child = subprocess.Popen(command, stdout=follower, stderr=follower, env=env)
+        os.close(follower)
+        seen = told(leader).decode()
+        assert child.wait(timeout=60) == 2
+        os.close(leader)
+        return seen
+
+    assert said().startswith("\x1b[31merror: ")
+    assert said(NO_COLOR="1").startswith("error: ")
