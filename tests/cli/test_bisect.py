@@ -97,7 +97,7 @@ def test_exports_are_made_for_the_command_and_removed(run: Run, url: str, tmp_pa
 @needs_export
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_search_that_is_broken_off_leaves_no_export(url: str, tmp_path: Path, signum: int, code: int) -> None:
-    script = f"touch '{tmp_path}/begun'; sleep 100 '{{path}}'"
+    script = f"touch '{tmp_path}/begun'; : '{{path}}'; exec sleep 100"
     args = looking_at("--dir", str(tmp_path / "exports"), "--", "sh", "-c", script)
     (tmp_path / "exports").mkdir()
     with started("bisect", url, *args, until=(tmp_path / "begun").exists) as child:
