@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from ckptstore.engine import commit
 from ckptstore.engine.catalogue import Checkpoint, read_holds
 from ckptstore.engine.commit import read_fate
+from ckptstore.engine.select import listed
 from ckptstore.errors import CheckpointError, ExistsError, FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.records import HoldRecord, now, seal
 from ckptstore.maintenance.lent import borrowed_keys
+from ckptstore.near import meant
 from ckptstore.storage.base import Storage
 
 
@@ -113,8 +115,8 @@ def release(storage: Storage, name: str) -> None:
     key = layout.hold_key(layout.check_hold_name(name))
     keys = [entry.key for entry in storage.list(layout.HOLDS)]
     if key not in keys:
-        known = ", ".join(sorted(filter(None, map(layout.hold_name, keys))))
-        raise NotFoundError(f"{storage.url} has no hold {name!r}; holds here: {known or 'none'}")
+        known = sorted(filter(None, map(layout.hold_name, keys)))
+        raise NotFoundError(f"{storage.url} has no hold {name!r}; holds here: {listed(known)}{meant(name, known)}")
     storage.delete([key])
 
 

@@ -95,7 +95,9 @@ def test_exports_are_made_for_the_command_and_removed(run: Run, url: str, tmp_pa
 
 
 @needs_export
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
 def test_a_search_that_is_broken_off_leaves_no_export(url: str, tmp_path: Path, signum: int, code: int) -> None:
     script = f"touch '{tmp_path}/begun'; : '{{path}}'; exec sleep 100"
     args = looking_at("--dir", str(tmp_path / "exports"), "--", "sh", "-c", script)

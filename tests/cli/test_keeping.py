@@ -27,6 +27,8 @@ def test_hold_and_release(run: Run, url: str, ids: list[str]) -> None:
     assert answer.exit_code == 0
     assert ids[1] in answer.stdout
     assert run("release", url, "paper").exit_code == 1
+    run("hold", url, "best:val_loss", "paper")
+    assert "holds here: paper; did you mean 'paper'?" in run("release", url, "papre").stderr
 
 
 def test_hold_and_release_as_json(run: Run, url: str, ids: list[str]) -> None:

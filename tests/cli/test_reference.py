@@ -71,8 +71,8 @@ def test_help_is_a_page(name: str) -> None:
     text = command.help or ""
     summary, _, more = text.partition("\n\n")
     assert summary.endswith(".")
-    examples = text.partition("\b\n")[2].partition("\n\n")[0].splitlines()
-    assert any(re.match(rf"\s*ckptstore {name}\b", line) for line in examples), "no example"
+    blocks = [block.partition("\n\n")[0] for block in text.split("\b\n")[1:]]
+    assert any(re.search(rf"^\s*ckptstore {name}\b", block, re.MULTILINE) for block in blocks), "no example"
     assert re.search(r"Exit codes: 0 [^.]+; 2 [^.]+\.$", more.replace("\n", " ").rstrip()), "no exit codes at the end"
     for param in command.params:
         if isinstance(param, click.Option):
