@@ -91,7 +91,7 @@ class RuleUsage:
         rule: as it is written.
         checkpoints: how many it keeps.
         bytes: what these need, each object once.
-        only_bytes: what would be free without the rule; less than 0 for ``at_most``, which makes room.
+        only_bytes: what would be free without the rule. Less than 0 where more would stay, as without ``at_most``.
     """
 
     rule: str

@@ -8,7 +8,6 @@ import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,49 +17,66 @@ import ckptstore
 from tests.cli.conftest import environment, told
 
 SEVERAL = """
-import json, sys
+import json, os, sys
 from ckptstore.cli.main import cli
-for args in json.loads(sys.argv[1]):
-    print("=== " + args[0], flush=True)
+for name, variables, args in json.loads(sys.argv[1]):
+    os.environ.update(variables)
+    print("=== " + name, flush=True)
     try:
         cli(args, prog_name="ckptstore")
     except SystemExit as end:
         print("=== ended with", end.code, flush=True)
 """
+PLAN = ["plan", "--save", "every(steps=100)", "--keep", "last(3) | epochs()", "--steps", "500", "--epochs", "2"]
+PLAIN = {"TERM": "xterm", "NO_COLOR": "", "COLUMNS": "80"}
+TERMINALS = {
+    "wide": PLAIN,
+    "narrow": {**PLAIN, "COLUMNS": "40"},
+    "colourless": {**PLAIN, "NO_COLOR": "1"},
+    "dumb": {**PLAIN, "TERM": "dumb"},
+}
 
 
-@pytest.fixture
-def store(store_path: Path) -> str:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Metrics, reasons and names as people write them everywhere, some of them long, and a borrowed file."""
+    path = tmp_path_factory.mktemp("terminal") / "store"
     frozen = torch.nn.Linear(8, 8)
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
-    with ckptstore.open(store_path) as store:
+    with ckptstore.open(path) as store:
         for step in (10, 20):
             metrics = {"val_loss": 1.2345 + step, "損失": 0.5}
             state = {"model": frozen, "ключ": {"値" * 30: torch.ones(4)}}
             store.save(state, step=step, epoch=1, metrics=metrics, reasons=["評価の後に保存", "every 10 steps"])
         store.hold("step:10", "a-rather-long-name-of-a-hold-for-the-paper")
-    return str(store_path)
+    return str(path)
 
 
-def shown(commands: list[list[str]], **variables: str) -> dict[str, str]:
-    """What a terminal shows of each command, all run by one process."""
+@pytest.fixture(scope="module")
+def shown(store: str) -> dict[str, dict[str, str]]:
+    """What each kind of terminal shows of each command, all run by one process."""
+    du = ["du", store, "--all", "--keep", "last(1) | best('val_loss')"]
+    commands = [["ls", store], ["show", store], du, ["verify", store], ["release", store, "nothing"], PLAN]
+    calls = [(f"{name} {args[0]}", variables, args) for name, variables in TERMINALS.items() for args in commands]
     leader, follower = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-c", SEVERAL, json.dumps(commands)],
+        [sys.executable, "-c", SEVERAL, json.dumps(calls)],
         stdin=follower,
         stdout=follower,
         stderr=follower,
-        env=environment(**{"TERM": "xterm", "NO_COLOR": "", **variables}),
+        env=environment(),
     )
     os.close(follower)
     seen = told(leader).decode().replace("\r\n", "\n")
     child.wait(timeout=60)
     os.close(leader)
-    parts = re.findall(r"^=== (\w+)\n(.*?)^=== ended with \d\n", seen, re.DOTALL | re.MULTILINE)
-    assert len(parts) == len(commands), seen
-    return dict(parts)
+    parts = re.findall(r"^=== (\w+) (\w+)\n(.*?)^=== ended with \d\n", seen, re.DOTALL | re.MULTILINE)
+    assert len(parts) == len(calls), seen
+    found: dict[str, dict[str, str]] = {}
+    for name, command, text in parts:
+        found.setdefault(name, {})[command] = text
+    return found
 
 
 def undressed(text: str) -> str:
@@ -68,15 +84,12 @@ def undressed(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-PLAN = ["plan", "--save", "every(steps=100)", "--keep", "last(3) | epochs()", "--steps", "500", "--epochs", "2"]
-
-
-@pytest.mark.parametrize("columns", [40, 80])
-def test_nothing_that_matters_is_cut(store: str, columns: int) -> None:
+@pytest.mark.parametrize("terminal", ["narrow", "wide"])
+def test_nothing_that_matters_is_cut(store: str, shown: dict[str, dict[str, str]], terminal: str) -> None:
     with ckptstore.open(store, read_only=True) as opened:
         ids = [checkpoint.id for checkpoint in opened.checkpoints()]
-    looks = [["ls", store], ["show", store], ["du", store, "--all", "--keep", "last(1) | best('val_loss')"]]
-    seen = {name: undressed(text) for name, text in shown([*looks, PLAN], COLUMNS=str(columns)).items()}
+    columns = int(TERMINALS[terminal]["COLUMNS"])
+    seen = {name: undressed(text) for name, text in shown[terminal].items()}
 
     for name in ("ls", "show"):
         assert max(map(cell_len, seen[name].splitlines())) <= columns, name
@@ -95,15 +108,14 @@ def test_nothing_that_matters_is_cut(store: str, columns: int) -> None:
     assert "…" not in seen["ls"] + seen["show"] + seen["du"]
 
 
-def test_no_colours_where_none_are_wanted(store: str) -> None:
+def test_no_colours_where_none_are_wanted(shown: dict[str, dict[str, str]]) -> None:
     """A dumb terminal gets no bars, either, which it could not draw over."""
-    looks = [["verify", store], ["release", store, "nothing"], PLAN]
-    coloured, no_colour, dumb = shown(looks), shown(looks, NO_COLOR="1"), shown(looks, TERM="dumb")
+    coloured, colourless, dumb = shown["wide"], shown["colourless"], shown["dumb"]
 
     assert re.search(r"\x1b\[[0-9;]*m", coloured["plan"])
     assert "verifying" in coloured["verify"]
     assert "\x1b[31merror: " in coloured["release"]
-    for plain in (no_colour, dumb):
+    for plain in (colourless, dumb):
         assert re.search(r"\x1b\[(3|4|9)\d", "".join(plain.values())) is None
         assert "good: 2 checkpoints" in plain["verify"]
         assert plain["release"].startswith("error: ")
