@@ -18,6 +18,7 @@ from ckptstore.cli.terminal import answer, emit, json_option, note, plain
 if TYPE_CHECKING:
     from ckptstore.engine.catalogue import Checkpoint
     from ckptstore.tools.bisect import Bisection, Trial
+    from ckptstore.tools.bisectcommand import Format
 
 
 @click.command()
@@ -46,7 +47,7 @@ def bisect(
     good: str,
     bad: str,
     trust_ends: bool,
-    to: str,
+    to: Format,
     only: tuple[str, ...],
     folder: str | None,
     as_json: bool,

@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import ckptstore
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import CheckpointError, FormatError, IntegrityError
 from ckptstore.view import View
 
+Format: TypeAlias = Literal["torch", "safetensors", "hf", "dcp"]
 SKIP = 125
 """The exit code of a command that can't test a checkpoint."""
 _HIGHEST = 127
@@ -35,7 +37,7 @@ class CommandTest:
     """
 
     def __init__(
-        self, store: View, command: Sequence[str], *, to: str = "torch", only: Sequence[str] = (), folder: str | None
+        self, store: View, command: Sequence[str], *, to: Format = "torch", only: Sequence[str] = (), folder: str | None
     ) -> None:
         if not command:
             raise FormatError("bisect needs a command to test with, as: -- python evaluate.py {path}")

@@ -200,6 +200,15 @@ def test_no_data_file_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert max(seen) == (8, 8)
 
 
+def test_files_of_several_ranks() -> None:
+    """They are the same component, whoever wrote them."""
+    path = Path(__file__).parents[1] / "golden" / "ranks1"
+    with cs.open(path, read_only=True) as store:
+        found = cs.usage(store)
+    assert found.total_bytes == kinds_bytes(found) == on_disk(path)
+    assert {part.name: part.objects for part in found.components}["model"] == 3
+
+
 def test_an_empty_store(store_path: Path) -> None:
     with cs.open(store_path) as store:
         store.save({"x": 1}, step=1)
