@@ -41,6 +41,11 @@ def commands() -> dict[str, click.Command]:
     return {name: command for name, command in found.items() if command is not None}
 
 
+def written(option: click.Option) -> str:
+    """An option by its long name, with that of its opposite: ``--record/--no-record``."""
+    return "/".join([max(option.opts, key=len), *option.secondary_opts])
+
+
 def test_the_table_has_all_commands_and_no_other() -> None:
     assert list(rows()) == list(commands())
 
@@ -52,7 +57,7 @@ def test_a_row_has_all_arguments_and_options(name: str) -> None:
     ctx = click.Context(command, info_name=name)
     assert arguments == " ".join(p.make_metavar(ctx) for p in command.params if isinstance(p, click.Argument))
     words = re.findall(r"`([^`]+)`", options)
-    known = {max(p.opts, key=len): p for p in command.params if isinstance(p, click.Option)}
+    known = {written(p): p for p in command.params if isinstance(p, click.Option)}
     assert [word.split()[0] for word in words] == [option for option in known if option not in EVERYWHERE]
     for word in words:
         flag = known[word.split()[0]].is_flag
