@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _RECORDS = 50
 _STEPS = 20
 """Of how many of the newest checkpoints records are read and steps are shown: a shell waits for it."""
+
+_SPECIAL = re.compile(r"[^\w:=@%+,./-]")
 
 _BASH = """\
 %(complete_func)s() {
@@ -50,8 +53,8 @@ class BashCompletion(FishComplete):
     source_template = _BASH
 
     def format_completion(self, item: CompletionItem[str]) -> str:
-        """One line, as bash takes it: it quotes nothing, and shows no help."""
-        value = item.value.replace("\\", r"\\").replace(" ", r"\ ")
+        """One line. bash quotes nothing, and a name in a store, which may come from anybody, must run nothing."""
+        value = _SPECIAL.sub(lambda match: "\\" + match[0], item.value)
         return f"{item.type},{value}"
 
 
