@@ -118,16 +118,13 @@ def _told(storage: Storage, ids: Iterable[CheckpointId]) -> Iterator[str]:
     milestones: dict[str, None] = {}
     for id in ids:
         key = layout.commit_key(id)
-        try:
+        # What is damaged is for other commands to tell.
+        with suppress(CheckpointError, AttributeError, TypeError):
             record = parse_json(storage.read(key, limit=_RECORD_BYTES), key, limit=_RECORD_BYTES)
-        except CheckpointError:
-            # What is damaged is for other commands to tell.
-            continue
-        yield from (f"best:{name}" for name in record.get("metrics", ()))
-        if record.get("epoch") is not None:
-            epochs[f"epoch:{record['epoch']}"] = None
-        reasons = record.get("reasons", ())
-        milestones |= {f"milestone:{r.removeprefix(MILESTONE)}": None for r in reasons if r.startswith(MILESTONE)}
+            yield from (f"best:{name}" for name in record.get("metrics", ()))
+            reasons = record.get("reasons", ())
+            milestones |= {f"milestone:{r.removeprefix(MILESTONE)}": None for r in reasons if r.startswith(MILESTONE)}
+            epochs |= {f"epoch:{record['epoch']}": None} if record.get("epoch") is not None else {}
     yield from (*milestones, *epochs)
 
 

@@ -16,6 +16,7 @@ from ckptstore.errors import FormatError, IntegrityError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId, parse_id
 from ckptstore.format.records import FileEntry
+from ckptstore.maintenance.keep import is_buried
 from ckptstore.maintenance.leftovers import find_leftovers
 from ckptstore.maintenance.lent import Lent
 from ckptstore.storage.base import Entry, Storage
@@ -47,8 +48,7 @@ class Census:
         sizes: bytes of each object, by key.
         kinds: what each object is there for, by key.
         checkpoints: those that exist and lie here, oldest first.
-        buried: deleted ones that can be brought back.
-        needs: the keys in checkpoints/ that each of both needs, its own and those it borrows, by id.
+        needs: the keys in checkpoints/ that each of them needs, and each deleted one, also what they borrow, by id.
         described: what the records say of each key that is needed.
         unreadable: the ids whose records are damaged, so that nobody knows what they need.
     """
@@ -107,12 +107,12 @@ def take_census(store: View, progress: Progress | None = None) -> Census:
     # Listed before the commits are: a save that ends in between is committed, and its files are not all in the list.
     entries = storage.list("")
     cache: Cache = {layout.commit_key(c.order): c.record for c in (*known.checkpoints, *known.buried)}
-    catalogue = scan(storage, None, cache)
+    catalogue = scan(storage, known.store_id, cache)
     sizes = {entry.key: entry.size for entry in entries}
     listed = [c for c in (*catalogue.checkpoints, *catalogue.buried) if layout.commit_key(c.order) in sizes]
     reader = _Reader(storage, sizes)
     _read(reader, listed, progress)
-    existing = [c for c in catalogue.checkpoints if c.id in reader.needs]
+    existing = [c for c in catalogue.checkpoints if c.id in reader.needs and c.id not in reader.gone]
     kinds = _kinds(storage, entries, catalogue, reader.needs, existing)
     return Census(
         store.url, sizes, kinds, entries, catalogue, existing, reader.needs, reader.described, reader.unreadable
@@ -138,6 +138,7 @@ class _Reader:
         self.needs: dict[str, frozenset[str]] = {}
         self.described: dict[str, Stored] = {}
         self.unreadable: list[str] = []
+        self.gone: set[str] = set()
         self._folders: dict[CheckpointId | None, list[str]] = {}
         for key in sizes:
             self._folders.setdefault(layout.folder_id(key), []).append(key)
@@ -150,7 +151,11 @@ class _Reader:
             lenders = [key for lender in checkpoint.lenders for key in self._folders.get(parse_id(lender), ())]
             own = self._folders.get(checkpoint.order, ())
             found = {key: Stored("(unknown)") for key in (*own, *filter(layout.is_data_file, lenders))}
-            self.unreadable.append(checkpoint.id)
+            # One that was deleted while it was read isn't damaged.
+            if is_buried(self.storage, checkpoint):
+                self.gone.add(checkpoint.id)
+            else:
+                self.unreadable.append(checkpoint.id)
             # What another one's records say of the same file is better.
             found = {key: self.described.get(key, what) for key, what in found.items()}
         self.described.update(found)
@@ -183,8 +188,10 @@ def _kinds(
     existing: Sequence[Checkpoint],
 ) -> dict[str, Kind]:
     needed = {key for c in existing for key in needs[c.id]}
-    buried = {c.order for c in catalogue.buried}
-    lent = {key for c in catalogue.buried for key in needs.get(c.id, ())}
+    there = {c.id for c in existing}
+    deleted = [c for c in (*catalogue.checkpoints, *catalogue.buried) if c.id not in there]
+    buried = {c.order for c in deleted if c.id in needs}
+    lent = {key for c in deleted for key in needs.get(c.id, ())}
     leftovers, foreign = find_leftovers(entries, catalogue, Lent(storage, catalogue))
     left, not_ours = {key for one in leftovers for key in one.keys}, set(foreign)
 

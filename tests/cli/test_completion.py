@@ -68,6 +68,9 @@ def test_a_damaged_record_is_passed_over(url: str, ids: list[str]) -> None:
     flip(Path(url) / "commits" / f"{ids[2]}.json", 0)
     assert offered("show", url, "e") == ["epoch:2", "epoch:1"]
     assert offered("show", url, "b") == ["best:val_loss"]
+    for strange in ("[]", "{}", '{"metrics": 1}', '{"reasons": [1]}', "null"):
+        (Path(url) / "commits" / f"{ids[2]}.json").write_text(strange)
+        assert offered("show", url, "e") == ["epoch:2", "epoch:1"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")

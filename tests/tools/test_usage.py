@@ -237,3 +237,27 @@ def test_what_was_saved_meanwhile_is_left_out(store: cs.Store, monkeypatch: pyte
     assert [c.step for c in store.checkpoints()][-1] == 99
     assert [c.step for c in census.checkpoints][-1] == 80
     assert sum(map(census.total, KINDS)) == sum(census.sizes.values())
+
+
+def test_what_is_deleted_meanwhile_is_no_damage(path: Path, store: cs.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lets go of old ones is no reason to cry wolf."""
+    read, count = store.storage.read, 0
+    going = store.checkpoints()[1]
+
+    def and_delete(key: str, *, limit: int) -> bytes:
+        nonlocal count
+        if key == f"checkpoints/{going.id}/manifest.json" and not count:
+            count += 1
+            with cs.open(path) as other:
+                other.delete(going.id)
+            for file in (path / "checkpoints" / going.id).iterdir():
+                file.unlink()
+        return read(key, limit=limit)
+
+    monkeypatch.setattr(store.storage, "read", and_delete)
+    found = cs.usage(store)
+    assert count == 1
+    assert found.unreadable == []
+    assert [one.step for one in found.checkpoints] == [10, *range(30, 90, 10)]
+    assert found.total_bytes == kinds_bytes(found)
+    assert found.damaged_bytes == 0 < found.trash_bytes
