@@ -13,7 +13,7 @@ import pytest
 import ckptstore
 from tests.cli.conftest import environment, interrupt, process, started, told
 
-NAMED = ("bench", "verify", "doctor", "init", "plan")
+NAMED = ("bench", "verify", "doctor", "init", "plan", "du", "bisect")
 HEAVY = ("torch", "numpy", "pydantic", "rich", "blake3", "zstandard", "safetensors", "ruamel.yaml", "matplotlib")
 
 
@@ -51,6 +51,7 @@ def test_looking_needs_no_torch(url: str, ids: list[str], no_torch: str) -> None
     listed = process("ls", url, "--json", first=no_torch)
     assert [c["id"] for c in listed.json["checkpoints"]] == ids
     assert process("show", url, first=no_torch).exit_code == 0
+    assert process("du", url, first=no_torch).exit_code == 0
     assert process("verify", url, first=no_torch).exit_code == 0
     for command, *args in (["hold", "latest", "a"], ["release", "a"], ["delete", "latest", "--yes"], ["prune"]):
         assert process(command, url, *args, first=no_torch).exit_code == 0
