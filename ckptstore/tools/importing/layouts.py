@@ -1,0 +1,175 @@
+"""What a foreign folder or file is: the checkpoints in it, told by names and JSON, without opening what may run code.
+
+Nothing goes by the time of a file, which a copy changes, nor by text, in which 9 comes after 10: what is recorded is
+what counts, and then the numbers in the last part of a path alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ckptstore.errors import FormatError, NotFoundError
+from ckptstore.tools.importing import lightning, older
+from ckptstore.tools.importing.folder import Folder, by_numbers
+from ckptstore.tools.importing.found import Found
+from ckptstore.tools.importing.infolder import checkpoint_in
+from ckptstore.tools.importing.parts import NUMBERED
+from ckptstore.tools.importing.single import SUFFIXES, found_in_file
+
+_LOOKED_FOR = (
+    "folders as checkpoint-500 with model.safetensors or pytorch_model.bin, Lightning's .ckpt files, a "
+    "torch.distributed.checkpoint (.metadata), files as latest.pt, and single .pt, .pth, .bin and .safetensors files"
+)
+_RUN = re.compile(r"(?:version_|run-)\d+", re.ASCII)
+_STEP = re.compile(r"(?:.*[-_.])?step[=_-]?([0-9]{1,15})(?:[-_.].*)?")
+_NO_STEP = "records no step: import it by itself, and say which with --step"
+
+
+def find(path: Path) -> list[Found]:
+    """The checkpoints that lie at ``path``, oldest first, as far as names and JSON tell (see ``told.settled``).
+
+    What lies beside them and isn't imported stands in the newest one's ``left_out``.
+
+    Raises:
+        NotFoundError: there is nothing at ``path``, or nothing that is a checkpoint.
+        FormatError: what is there is incomplete, or holds several runs.
+        StorageError: it can't be read.
+    """
+    if not path.is_dir():
+        return [_file(path)]
+    folder = Folder.at(path)
+    for place in _places(folder):
+        found = _of_run(place)
+        if found:
+            return found
+    itself = checkpoint_in(folder)
+    if isinstance(itself, str):
+        raise FormatError(f"{path} can't be imported: {itself}", key=str(path))
+    found = [itself] if itself else _of_any_name(folder)
+    if not found:
+        raise NotFoundError(f"no checkpoint at {path}: looked for {_LOOKED_FOR}", key=str(path))
+    return found
+
+
+def _file(path: Path) -> Found:
+    """The checkpoint that a file is, with what the names around it tell."""
+    if not path.exists():
+        raise NotFoundError(f"there is nothing at {path}", key=str(path))
+    around = Folder.at(path.parent)
+    for found in _files_of_programs(around):
+        if found.path.name == path.name:
+            return found
+    return found_in_file(path)
+
+
+def _places(folder: Folder) -> Iterable[Folder]:
+    """Where a run's checkpoints may lie: in the folder, in ``checkpoints``, or where Lightning's loggers put them."""
+    yield folder
+    if "checkpoints" in folder.folders:
+        yield folder.child("checkpoints")
+    logs = folder.child("lightning_logs") if "lightning_logs" in folder.folders else folder
+    runs = []
+    for name in sorted((name for name in logs.folders if _RUN.fullmatch(name)), key=by_numbers):
+        run = logs.child(name)
+        place = run.child("checkpoints") if "checkpoints" in run.folders else run
+        if _of_run(place):
+            runs.append(place)
+    if len(runs) > 1:
+        names = ", ".join(str(run.path.relative_to(folder.path)) for run in runs)
+        raise FormatError(f"{folder.path} holds several runs: import one of {names}", key=str(folder.path))
+    yield from runs
+
+
+def _of_run(folder: Folder) -> list[Found]:
+    """All that lies in the folder under names that programs give; [] if nothing does."""
+    files = _files_of_programs(folder)
+    left_out = older.unfinished_in(folder)
+    found = [one for one in files if not _is_spare(folder, one.path.name, left_out)]
+    named = bool(files)
+    for name in folder.folders:
+        if name.endswith(lightning.SUFFIX):
+            continue
+        one = checkpoint_in(folder.child(name))
+        named = named or (one is not None and bool(NUMBERED.fullmatch(name)))
+        _sort_in(one, name, found, left_out)
+    if not named:
+        return []
+    if not found:
+        why = "; ".join(f"{name} {why}" for name, why in list(left_out.items())[:3])
+        raise FormatError(f"no checkpoint in {folder.path} can be imported: {why}", key=str(folder.path))
+    found = _in_order(found)
+    _itself(folder, found, left_out)
+    return _with(found, {**left_out, **folder.left_out})
+
+
+def _is_spare(folder: Folder, name: str, left_out: dict[str, str]) -> bool:
+    """Whether a file holds nothing, or what another one holds; it is noted as left out."""
+    if name in folder.links:
+        left_out[name] = f"a link to {folder.links[name].relative_to(folder.root)}"
+    elif folder.files.get(name) == 0:
+        left_out[name] = "empty"
+    return name in left_out
+
+
+def _sort_in(one: Found | str | None, name: str, found: list[Found], left_out: dict[str, str]) -> None:
+    if isinstance(one, str):
+        left_out[name] = one
+    elif one is not None and one.step is None and "step" not in one.facts_in:
+        left_out[name] = _NO_STEP
+    elif one is not None:
+        found.append(one)
+
+
+def _itself(folder: Folder, found: list[Found], left_out: dict[str, str]) -> None:
+    """The weights that a program puts beside its checkpoints at the end, most often those of the last one."""
+    itself = checkpoint_in(replace(folder, folders=frozenset()))
+    if not isinstance(itself, Found) or "model" not in itself.files:
+        return
+    newest = found[-1].step
+    name = itself.files["model"].name
+    if itself.step is None or newest is None:
+        left_out[name] = _NO_STEP
+    elif itself.step > newest:
+        found.append(itself)
+    else:
+        left_out[name] = f"the weights at the end of training, step {itself.step}, of which there is a checkpoint"
+
+
+def _files_of_programs(folder: Folder) -> list[Found]:
+    return [*older.tiers_in(folder), *older.milestones_in(folder), *lightning.checkpoints_in(folder)]
+
+
+def _of_any_name(folder: Folder) -> list[Found]:
+    """Folders and files whose names say nothing of who wrote them."""
+    found: list[Found] = []
+    left_out: dict[str, str] = {}
+    for name in folder.folders:
+        inside = folder.child(name)
+        if _of_run(inside):
+            left_out[name] = "a run of its own: import it by itself"
+        else:
+            _sort_in(checkpoint_in(inside), name, found, left_out)
+    for name in (name for name in folder.files if name.endswith(SUFFIXES)):
+        if not _is_spare(folder, name, left_out):
+            found.append(found_in_file(folder.path / name))
+    return _with(_in_order(found), {**left_out, **folder.left_out}) if found else []
+
+
+def _in_order(found: Iterable[Found]) -> list[Found]:
+    return sorted(found, key=_order)
+
+
+def _order(found: Found) -> tuple[Any, ...]:
+    match = _STEP.fullmatch(found.path.name)
+    step = int(match[1]) if found.step is None and match else found.step
+    time = found.created.timestamp() if found.created else 0.0
+    return step is None, step or 0, time, by_numbers(found.path.name)
+
+
+def _with(found: list[Found], left_out: Mapping[str, str]) -> list[Found]:
+    newest = found[-1]
+    return [*found[:-1], replace(newest, left_out={**newest.left_out, **left_out})]
