@@ -7,12 +7,12 @@ what counts, and then the numbers in the last part of a path alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptstore.errors import FormatError, NotFoundError
+from ckptstore.errors import CheckpointError, FormatError, NotFoundError
 from ckptstore.tools.importing import lightning, older
 from ckptstore.tools.importing.folder import Folder, by_numbers
 from ckptstore.tools.importing.found import Found
@@ -93,7 +93,7 @@ def _of_run(folder: Folder) -> list[Found]:
     for name in folder.folders:
         if name.endswith(lightning.SUFFIX):
             continue
-        one = checkpoint_in(folder.child(name))
+        one = _inside(folder, name, checkpoint_in)
         named = named or (one is not None and bool(NUMBERED.fullmatch(name)))
         _sort_in(one, name, found, left_out)
     if not named:
@@ -104,6 +104,14 @@ def _of_run(folder: Folder) -> list[Found]:
     found = _in_order(found)
     _itself(folder, found, left_out)
     return _with(found, {**left_out, **folder.left_out})
+
+
+def _inside(folder: Folder, name: str, look: Callable[[Folder], Any]) -> Any:
+    """What ``look`` finds in a subfolder; the reason where it can't be looked into, which needn't keep the others."""
+    try:
+        return look(folder.child(name))
+    except CheckpointError as error:
+        return error.message
 
 
 def _is_spare(folder: Folder, name: str, left_out: dict[str, str]) -> bool:
@@ -148,11 +156,10 @@ def _of_any_name(folder: Folder) -> list[Found]:
     found: list[Found] = []
     left_out: dict[str, str] = {}
     for name in folder.folders:
-        inside = folder.child(name)
-        if _of_run(inside):
+        if _inside(folder, name, _of_run):
             left_out[name] = "a run of its own: import it by itself"
         else:
-            _sort_in(checkpoint_in(inside), name, found, left_out)
+            _sort_in(_inside(folder, name, checkpoint_in), name, found, left_out)
     for name in (name for name in folder.files if name.endswith(SUFFIXES)):
         if not _is_spare(folder, name, left_out):
             found.append(found_in_file(folder.path / name))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckptstore.errors import CheckpointError
 from ckptstore.tools.importing.folder import Folder
 from ckptstore.tools.importing.weights import Weights, weights_in
 
@@ -118,7 +119,11 @@ def _component(name: str) -> tuple[int, str | None]:
 
 def _folder(parts: Parts, folder: Folder, name: str) -> None:
     """A subfolder is a component if it is a DCP, or has weights: a checkpoint of several models."""
-    inside = folder.child(name)
+    try:
+        inside = folder.child(name)
+    except CheckpointError as error:
+        parts.left_out[name] = error.message
+        return
     component = next((known for pattern, known in _FOLDERS if pattern.fullmatch(name)), name)
     weights = weights_in(inside)
     if NUMBERED.fullmatch(name):
