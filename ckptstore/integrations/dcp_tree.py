@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptstore.errors import FormatError, StateError
-from ckptstore.integrations.dcp_names import Path, nest
+from ckptstore.tools.importing.dcpnames import Path, nest
 from ckptstore.state import optimizer
 from ckptstore.state.decode import Decoder
 from ckptstore.state.encode import Encoder, join

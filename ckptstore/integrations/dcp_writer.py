@@ -27,11 +27,12 @@ from ckptstore.errors import FormatError, SaveFailedError, StateError
 from ckptstore.format.digest import sha256
 from ckptstore.format.jsontext import compact
 from ckptstore.format.records import FileEntry, PartEntry
-from ckptstore.integrations.dcp_planners import CkptStoreSavePlanner, from_stream
+from ckptstore.integrations.dcp_planners import CkptStoreSavePlanner
 from ckptstore.integrations.dcp_tree import build, key_path, tensor_name
 from ckptstore.state.encode import Encoder
 from ckptstore.state.values import TAG, Json
 from ckptstore.store import Store, check_durable
+from ckptstore.tools.importing.dcpstream import from_stream
 
 
 @dataclass(frozen=True)

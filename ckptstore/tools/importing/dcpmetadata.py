@@ -19,7 +19,7 @@ import torch
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.format.regions import Region, tiles
-from ckptstore.integrations.dcp_names import Path
+from ckptstore.tools.importing.dcpnames import Path
 from ckptstore.state.dtypes import TORCH_NAMES
 
 METADATA_LIMIT = 256 << 20

@@ -1,0 +1,157 @@
+"""A loaded foreign object → plain data that a store takes, without what it can't."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckptstore.errors import FormatError, StateError
+from ckptstore.state.dtypes import TORCH_STORED, numpy_stored
+from ckptstore.state.encode import MAX_DEPTH, join
+from ckptstore.state.values import VALUE_ENCODERS
+from ckptstore.tools.importing import standins
+
+_LEAVES = frozenset((type(None), bool, int, float, str, *VALUE_ENCODERS))
+_MAX_VALUES = 20_000_000
+"""A short pickle can name one list a million times in another, and so on."""
+
+
+class _Refused(Exception):
+    """A value can't be taken; its container decides."""
+
+
+class Plainer:
+    """One walk over a loaded object.
+
+    Attributes:
+        left_out: path → why, of what had to be left out.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: dict[str, str] = {}
+        self._values = 0
+
+    def walk(self, value: Any, path: str) -> Any:
+        """``value`` as plain data.
+
+        Raises:
+            StateError: nothing of it can be taken.
+            FormatError: it has more values than any state.
+        """
+        try:
+            return self._walk(value, path, 0)
+        except _Refused as error:
+            raise StateError(f"{path or 'the state'!r} {error}", path=path or None) from error
+
+    def _walk(self, value: Any, path: str, depth: int) -> Any:
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise FormatError(f"it has more than {_MAX_VALUES} values: it names the same ones again and again")
+        cls = type(value)
+        if cls in _LEAVES:
+            return value
+        if depth > MAX_DEPTH:
+            raise _Refused(f"lies more than {MAX_DEPTH} containers deep")
+        if cls in _CONTAINERS:
+            return _CONTAINERS[cls](self, value, path, depth + 1)
+        if why := _refusal(value):
+            raise _Refused(why)
+        return value
+
+    def _dict(self, value: Mapping[Any, Any], path: str, depth: int) -> Any:
+        kept = {}
+        for key, item in value.items():
+            here = join(path, key)
+            try:
+                kept[self._walk(key, here, depth)] = self._walk(item, here, depth)
+            except _Refused as error:
+                self.left_out[here] = str(error)
+        make = _made_of(value) or type(value)
+        return make(kept)
+
+    def _list(self, value: list[Any], path: str, depth: int) -> Any:
+        make = _made_of(value) or list
+        return make([self._walk(item, join(path, index), depth) for index, item in enumerate(value)])
+
+    def _tuple(self, value: Any, path: str, depth: int) -> Any:
+        return type(value)(self._walk(item, join(path, index), depth) for index, item in enumerate(value))
+
+    def _namespace(self, value: SimpleNamespace, path: str, depth: int) -> Any:
+        return SimpleNamespace(**{str(k): v for k, v in self._dict(dict(vars(value)), path, depth).items()})
+
+
+def _made_of(value: object) -> Callable[[Any], Any] | None:
+    content, make = standins.made.get(id(value), (None, None))
+    return make if content is value else None
+
+
+def _refusal(value: object) -> str | None:
+    """Why a single value can't be taken; None where it can."""
+    name = standins.name_of(value)
+    if name is not None:
+        return f"is an object of {name}"
+    if isinstance(value, torch.Tensor):
+        return _tensor_refusal(value)
+    if isinstance(value, np.ndarray | np.generic):
+        good = numpy_stored(value.dtype) is not None
+        return None if good else f"is an array of {value.dtype}, which only a pickle can hold"
+    return f"is {'the class' if isinstance(value, type) else 'an object of'} {_class_name(value)}"
+
+
+def _class_name(value: object) -> str:
+    cls = value if isinstance(value, type) else type(value)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _tensor_refusal(value: torch.Tensor) -> str | None:
+    if value.layout is not torch.strided:
+        return f"is a sparse tensor ({value.layout})"
+    if value.is_nested or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a tensor of the class {_class_name(value)}"
+    if value.dtype not in TORCH_STORED:
+        return f"is a quantised tensor ({value.dtype})"
+    return "is a tensor without values" if value.is_meta else None
+
+
+_CONTAINERS: dict[type, Callable[[Plainer, Any, str, int], Any]] = {
+    dict: Plainer._dict,
+    OrderedDict: Plainer._dict,
+    Counter: Plainer._dict,
+    list: Plainer._list,
+    tuple: Plainer._tuple,
+    set: Plainer._tuple,
+    frozenset: Plainer._tuple,
+    SimpleNamespace: Plainer._namespace,
+}
+
+
+def look_up(state: Any, paths: str) -> Any:
+    """What stands at the first of several paths, parted by "|", that lead somewhere; None where none does."""
+    for path in paths.split("|"):
+        value = state
+        for part in path.split("/"):
+            value = _step(value, part)
+        if value is not None:
+            return value
+    return None
+
+
+def _step(value: Any, part: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(part, value.get(int(part)) if part.isdecimal() and len(part) < 10 else None)
+    if isinstance(value, list | tuple) and part.isdecimal() and len(part) < 10 and int(part) < len(value):
+        return value[int(part)]
+    return getattr(value, part, None) if isinstance(value, SimpleNamespace) else None
+
+
+def number(value: Any) -> int | float | None:
+    """A fact as a number; None where it is none."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.size != 0:
+        numel = value.numel() if isinstance(value, torch.Tensor) else value.size
+        value = value.item() if numel == 1 else None
+    return value if type(value) in (int, float) else None
