@@ -18,7 +18,6 @@ REQUEST = struct.Struct("<QQQ")
 """Which tensor, from which byte, how many."""
 
 JSON_LIMIT = 256 << 20
-_SMALL = 64 << 10
 _LIMITS = {JSON: JSON_LIMIT, ERROR: 1 << 20, READ: REQUEST.size, PULSE: 8}
 
 
@@ -26,23 +25,23 @@ class Gone(Exception):
     """The other side has closed the socket, or died."""
 
 
-def send(sock: socket.socket, kind: bytes, payload: bytes | memoryview) -> None:
+def send(sock: socket.socket, kind: bytes, payload: bytes) -> None:
     """Send one frame.
 
     Raises:
         Gone: nobody is there to take it.
     """
     try:
-        head = _HEAD.pack(kind, len(payload))
-        if len(payload) <= _SMALL:
-            sock.sendall(head + bytes(payload))
-        else:
-            sock.sendall(head)
-            sock.sendall(payload)
+        sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
     except TimeoutError:
         raise
     except OSError as error:
         raise Gone from error
+
+
+def send_begin(sock: socket.socket, kind: bytes, length: int) -> None:
+    """Send the head of a frame, whose bytes the caller sends."""
+    sock.sendall(_HEAD.pack(kind, length))
 
 
 def send_json(sock: socket.socket, fields: Any, kind: bytes = JSON) -> None:
