@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptstore.errors import FormatError, StateError
-from ckptstore.tools.importing.dcpnames import Path, nest
 from ckptstore.state import optimizer
 from ckptstore.state.decode import Decoder
 from ckptstore.state.encode import Encoder, join
 from ckptstore.state.modules import entry_nodes
 from ckptstore.state.values import DICT_KINDS, TAG, Json, is_plain_text, text_node
+from ckptstore.tools.importing.dcpnames import Path, nest
 
 _FLAT = "torch.distributed.checkpoint"
 """The type of a root whose keys are DCP's own, where they don't follow from the tree."""

@@ -472,7 +472,9 @@ def test_files_of_ones_own(tmp_path: Path, run: Run) -> None:
     """In order of the steps in their names, or of what the content tells."""
     for step in (10, 9):
         torch.save({"model": run.model.state_dict(), "loss": 0.5}, tmp_path / f"model_step_{step}.pt")
-    torch.save({"model": run.model.state_dict(), "iter_num": 11, "epoch": 2, "metrics": {"f1": 0.25}}, tmp_path / "c.pt")
+    torch.save(
+        {"model": run.model.state_dict(), "iter_num": 11, "epoch": 2, "metrics": {"f1": 0.25}}, tmp_path / "c.pt"
+    )
     (tmp_path / "newest.pt").symlink_to("c.pt")
 
     assert names(find(tmp_path)) == ["model_step_9.pt", "model_step_10.pt", "c.pt"]

@@ -21,7 +21,7 @@ JSON_LIMIT = 256 << 20
 _LIMITS = {JSON: JSON_LIMIT, ERROR: 1 << 20, READ: REQUEST.size, PULSE: 8}
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The other side has closed the socket, or died."""
 
 
@@ -29,14 +29,14 @@ def send(sock: socket.socket, kind: bytes, payload: bytes) -> None:
     """Send one frame.
 
     Raises:
-        Gone: nobody is there to take it.
+        GoneError: nobody is there to take it.
     """
     try:
         sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
     except TimeoutError:
         raise
     except OSError as error:
-        raise Gone from error
+        raise GoneError from error
 
 
 def send_begin(sock: socket.socket, kind: bytes, length: int) -> None:
@@ -53,7 +53,7 @@ def receive_head(sock: socket.socket) -> tuple[bytes, int]:
     """Kind and length of the next frame.
 
     Raises:
-        Gone: there is none.
+        GoneError: there is none.
         TimeoutError: none came in the time that the socket waits.
     """
     head = bytearray(_HEAD.size)
@@ -67,7 +67,7 @@ def receive_payload(sock: socket.socket, kind: bytes, length: int) -> bytes:
 
     Raises:
         FormatError: no frame of this kind is as long.
-        Gone, TimeoutError: as ``receive_head``.
+        GoneError, TimeoutError: as ``receive_head``.
     """
     if length > _LIMITS.get(kind, 0):
         raise FormatError(f"a message of {length} bytes is longer than any here")
@@ -80,7 +80,7 @@ def receive_into(sock: socket.socket, out: memoryview) -> None:
     """Fill ``out``.
 
     Raises:
-        Gone, TimeoutError: as ``receive_head``.
+        GoneError, TimeoutError: as ``receive_head``.
     """
     done = 0
     while done < len(out):
@@ -89,7 +89,7 @@ def receive_into(sock: socket.socket, out: memoryview) -> None:
         except TimeoutError:
             raise
         except OSError as error:
-            raise Gone from error
+            raise GoneError from error
         if not count:
-            raise Gone
+            raise GoneError
         done += count

@@ -1,4 +1,4 @@
-"""Tensors and objects in the files of ``torch.distributed.checkpoint``, read as data only, in a process of their own."""
+"""Tensors and objects in the files of ``torch.distributed.checkpoint``, read as data, in a process of their own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError, StateError
 from ckptstore.tools.importing.dcpfiles import opened
 from ckptstore.tools.importing.dcpmetadata import METADATA_LIMIT, DcpContents, Place, read_metadata
-from ckptstore.tools.importing.single import DCP_METADATA
+
+DCP_METADATA = ".metadata"
 
 
 @dataclass(frozen=True)

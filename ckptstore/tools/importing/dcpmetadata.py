@@ -19,8 +19,8 @@ import torch
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.format.regions import Region, tiles
-from ckptstore.tools.importing.dcpnames import Path
 from ckptstore.state.dtypes import TORCH_NAMES
+from ckptstore.tools.importing.dcpnames import Path
 
 METADATA_LIMIT = 256 << 20
 """Bytes that ``.metadata`` may have: that of a million tensors has."""

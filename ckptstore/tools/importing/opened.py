@@ -23,13 +23,14 @@ from ckptstore.state.tensors import TensorSpec, stored_bytes
 from ckptstore.state.values import TAG, VALUE_DECODERS, is_plain_text
 from ckptstore.tools.importing import dcpfolder
 from ckptstore.tools.importing.dcpfiles import to_fields
+from ckptstore.tools.importing.facts import facts_of, question, told_by_values
 from ckptstore.tools.importing.found import Found
-from ckptstore.tools.importing.plain import look_up
 from ckptstore.tools.importing.sandbox import Reader, Sandbox
-from ckptstore.tools.importing.single import INDEX_SUFFIX
 from ckptstore.tools.importing.stfiles import Entry, SafetensorsFile
+from ckptstore.tools.importing.told import Told
 from ckptstore.tools.importing.torchfiles import open_file
 
+_INDEX_SUFFIX = ".index.json"
 _INDEX_LIMIT = 64 << 20
 _KINDS = frozenset(VALUE_DECODERS) | {
     "tensor", "ndarray", "bytes", "bytearray", "tuple", "dict", "ordered_dict", "default_dict", "counter", "set",
@@ -49,27 +50,18 @@ class _Part:
     sources: list[tuple[TensorSpec, Fill]]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a checkpoint says of itself."""
-
-    step: int | None
-    epoch: int | None
-    metrics: Mapping[str, float]
-
-
 class Opened:
     """One checkpoint, open; use as a context manager.
 
     Attributes:
         state: its tree, and what reads its tensors.
-        facts: what it says of itself.
+        told: what its content says of it.
         left_out: path or file → why it isn't imported.
         failure: what went wrong while a tensor was read.
     """
 
     state: Streamed
-    facts: Facts
+    told: Told
     left_out: dict[str, str]
 
     def __init__(
@@ -101,7 +93,7 @@ class Opened:
         self.left_out = dict(found.left_out)
         self._found, self._skip = found, skip
         self._without_refused, self._check = without_refused, check
-        self._told: dict[str, Any] = {}
+        self.told = told_by_values(found)
         self.failure: CheckpointError | None = None
         self._stack = ExitStack()
         try:
@@ -110,7 +102,6 @@ class Opened:
                 parts |= self._by_reader(sandbox, jobs, pulse)
             parts |= {name: _encoded(value, name) for name, value in found.values.items()}
             self.state = _assembled(parts, only, self._noted)
-            self.facts = self._facts()
         except BaseException:
             self.close()
             raise
@@ -143,7 +134,7 @@ class Opened:
         """The components that are safetensors, which hold nothing that could run."""
         parts: dict[str, _Part] = {}
         for component, path in self._found.files.items():
-            if path.name.endswith((".safetensors", ".safetensors" + INDEX_SUFFIX)):
+            if path.name.endswith((".safetensors", ".safetensors" + _INDEX_SUFFIX)):
                 parts[component] = self._safetensors(component, _pieces(path))
         return parts
 
@@ -159,8 +150,6 @@ class Opened:
                 stands = torch.empty((), dtype=torch_dtype(row.dtype, row.logical))
                 state[name] = stands.expand(row.shape) if 0 not in row.shape else stands.new_empty(row.shape)
                 fills[id(state[name])] = _reading(file, entry)
-            metadata = {key: _as_number(text) for key, text in file.metadata.items()}
-            self._note({name: look_up(metadata, where) for name, where in self._found.facts_in.items()})
         encoder = Encoder()
         node = encoder.encode(state, component)
         return _Part(node, [(source.spec, fills[id(source.live)]) for source in encoder.sources])
@@ -173,7 +162,7 @@ class Opened:
             if path.is_dir():
                 folder = dcpfolder.open_folder(path, self._skip)
                 jobs.append({"component": component, "folder": str(folder.path), "dcp": to_fields(folder.contents)})
-            elif not path.name.endswith((".safetensors", ".safetensors" + INDEX_SUFFIX)):
+            elif not path.name.endswith((".safetensors", ".safetensors" + _INDEX_SUFFIX)):
                 jobs.append({"component": component, "paths": [str(piece) for piece in _pieces(path)]})
         return jobs
 
@@ -183,7 +172,7 @@ class Opened:
         sizes = [size for job in jobs for size in _sizes(job)]
         job = {
             "parts": jobs,
-            "facts_in": dict(self._found.facts_in),
+            "question": question(self._found),
             "stand_in": self._without_refused,
             "check": self._check,
         }
@@ -196,37 +185,12 @@ class Opened:
                 raise ValueError("other components than asked for")
             _check_kinds(list(nodes.values()))
             self.left_out |= {str(path): f"{why!s:.500}" for path, why in answer["left_out"].items()}
-            self._note(answer["facts"])
+            self.told = facts_of(answer["told"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"the reader of {self._found.path} answers nonsense: {error}") from error
         # The sources of one process are told apart by the tree.
         first, *others = nodes.items()
         return {first[0]: _Part(first[1], sources), **{name: _Part(node, []) for name, node in others}}
-
-    # -- facts --------------------------------------------------------------------------------------------------
-
-    def _note(self, facts: Mapping[str, Any]) -> None:
-        self._told |= {name: value for name, value in facts.items() if type(value) in (int, float)}
-
-    def _facts(self) -> Facts:
-        told, found = self._told, self._found
-        metrics = {name[7:]: float(value) for name, value in told.items() if name.startswith("metric:")}
-        return Facts(
-            found.step if found.step is not None else _count(told.get("step")),
-            found.epoch if found.epoch is not None else _count(told.get("epoch")),
-            {**metrics, **found.metrics},
-        )
-
-
-def _count(value: Any) -> int | None:
-    return int(value) if value is not None and value == int(value) and 0 <= value < 10**15 else None
-
-
-def _as_number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
-        return None
 
 
 def _reading(file: SafetensorsFile, entry: Entry) -> Fill:
@@ -249,7 +213,7 @@ def _pieces(path: Path) -> list[Path]:
         FormatError: the index is malformed, or names something outside of its folder.
         IntegrityError: a file is missing.
     """
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not path.name.endswith(_INDEX_SUFFIX):
         return [path]
     with open_file(str(path)) as file:
         data = file.read(_INDEX_LIMIT + 1)
@@ -354,5 +318,3 @@ def _without_holes(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_holes(item) for key, item in node.items()}
     return node
-
-

@@ -21,7 +21,7 @@ _MAX_VALUES = 20_000_000
 """A short pickle can name one list a million times in another, and so on."""
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A value can't be taken; its container decides."""
 
 
@@ -45,7 +45,7 @@ class Plainer:
         """
         try:
             return self._walk(value, path, 0)
-        except _Refused as error:
+        except _RefusedError as error:
             raise StateError(f"{path or 'the state'!r} {error}", path=path or None) from error
 
     def _walk(self, value: Any, path: str, depth: int) -> Any:
@@ -56,11 +56,11 @@ class Plainer:
         if cls in _LEAVES:
             return value
         if depth > MAX_DEPTH:
-            raise _Refused(f"lies more than {MAX_DEPTH} containers deep")
+            raise _RefusedError(f"lies more than {MAX_DEPTH} containers deep")
         if cls in _CONTAINERS:
             return _CONTAINERS[cls](self, value, path, depth + 1)
         if why := _refusal(value):
-            raise _Refused(why)
+            raise _RefusedError(why)
         return value
 
     def _dict(self, value: Mapping[Any, Any], path: str, depth: int) -> Any:
@@ -69,9 +69,9 @@ class Plainer:
             here = join(path, key)
             try:
                 kept[self._walk(key, here, depth)] = self._walk(item, here, depth)
-            except _Refused as error:
+            except _RefusedError as error:
                 self.left_out[here] = str(error)
-        make = _made_of(value) or type(value)
+        make: Any = _made_of(value) or type(value)
         return make(kept)
 
     def _list(self, value: list[Any], path: str, depth: int) -> Any:
@@ -128,30 +128,3 @@ _CONTAINERS: dict[type, Callable[[Plainer, Any, str, int], Any]] = {
     frozenset: Plainer._tuple,
     SimpleNamespace: Plainer._namespace,
 }
-
-
-def look_up(state: Any, paths: str) -> Any:
-    """What stands at the first of several paths, parted by "|", that lead somewhere; None where none does."""
-    for path in paths.split("|"):
-        value = state
-        for part in path.split("/"):
-            value = _step(value, part)
-        if value is not None:
-            return value
-    return None
-
-
-def _step(value: Any, part: str) -> Any:
-    if isinstance(value, Mapping):
-        return value.get(part, value.get(int(part)) if part.isdecimal() and len(part) < 10 else None)
-    if isinstance(value, list | tuple) and part.isdecimal() and len(part) < 10 and int(part) < len(value):
-        return value[int(part)]
-    return getattr(value, part, None) if isinstance(value, SimpleNamespace) else None
-
-
-def number(value: Any) -> int | float | None:
-    """A fact as a number; None where it is none."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.size != 0:
-        numel = value.numel() if isinstance(value, torch.Tensor) else value.size
-        value = value.item() if numel == 1 else None
-    return value if type(value) in (int, float) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ckptstore.state.encode import Encoder
 from ckptstore.state.tensors import TensorSource, tensor_image
 from ckptstore.tools.importing import channel, confine
 from ckptstore.tools.importing.dcpfiles import ChunkedTensor, DcpFolder, from_fields
-from ckptstore.tools.importing.plain import Plainer, look_up, number
+from ckptstore.tools.importing.facts import answer as told_by
+from ckptstore.tools.importing.plain import Plainer
 from ckptstore.tools.importing.torchfiles import load_file
 
 _PIECE = 8 << 20
@@ -28,7 +30,7 @@ def serve(sock: socket.socket) -> None:
     """Do one job, as the other side says, until that closes the socket."""
     try:
         kind, length = channel.receive_head(sock)
-        job = channel.json.loads(channel.receive_payload(sock, kind, length))
+        job = json.loads(channel.receive_payload(sock, kind, length))
         confine.limit(**job["limits"])
         confine.lock()
         sources = _answered(sock, job)
@@ -36,7 +38,7 @@ def serve(sock: socket.socket) -> None:
             kind, length = channel.receive_head(sock)
             index, offset, count = channel.REQUEST.unpack(channel.receive_payload(sock, kind, length))
             _hand_out(sock, sources[index], offset, count)
-    except channel.Gone:
+    except channel.GoneError:
         return
 
 
@@ -73,7 +75,8 @@ def _pulse(sock: socket.socket) -> Callable[[int], None]:
 def _opened(job: dict[str, Any], pulse: Callable[[int], None]) -> tuple[Any, list[Callable[[int, int], Any]]]:
     encoder, plainer = Encoder(), Plainer()
     chunked: dict[int, ChunkedTensor] = {}
-    state, nodes = {}, {}
+    state: dict[str, Any] = {}
+    nodes = {}
     for part in job["parts"]:
         component = part["component"]
         value = plainer.walk(_value(part, job, chunked, plainer, pulse), component)
@@ -84,12 +87,11 @@ def _opened(job: dict[str, Any], pulse: Callable[[int], None]) -> tuple[Any, lis
     if job["check"]:
         for tensor in chunked.values():
             tensor.check()
-    state = state[""] if list(state) == [""] else state
-    facts = {name: number(look_up(state, path)) for name, path in job["facts_in"].items()}
+    root = state.pop("", {})
     answer = {
         "nodes": nodes,
         "tensors": [[*source.spec, source.nbytes] for source in encoder.sources],
-        "facts": {name: _finite(value) for name, value in facts.items() if value is not None},
+        "told": told_by(job["question"], {**state, **root} if isinstance(root, Mapping) else state),
         "left_out": plainer.left_out,
     }
     return answer, [_reading(source, chunked) for source in encoder.sources]
@@ -119,10 +121,6 @@ def _value(
             raise FormatError(f"{path} has {min(map(str, twice))!r:.100}, which another part has, too", key=path)
         merged.update(piece)
     return merged
-
-
-def _finite(value: int | float) -> int | float | str:
-    return value if value == value and abs(value) < 1e300 else repr(float(value))
 
 
 def _check_growth(sources: list[TensorSource], size: int) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, NotFoundError, StateError
+from ckptstore.errors import CheckpointError, FormatError, StateError
 from ckptstore.store import Store
+from ckptstore.tools.importing.facts import may_tell
 from ckptstore.tools.importing.found import Found
+from ckptstore.tools.importing.layouts import find
 from ckptstore.tools.importing.opened import Opened
 from ckptstore.tools.importing.sandbox import Sandbox
-from ckptstore.tools.importing.single import find
+from ckptstore.tools.importing.told import Told, settled
 
 _REASON_LENGTH = 1000
 
@@ -135,11 +137,7 @@ class Wishes:
 def _found(source: str | os.PathLike[str]) -> list[Found]:
     if "://" in os.fspath(source):
         raise FormatError(f"{source} can't be imported from there: copy it to a local file system")
-    path = Path(os.path.abspath(source))
-    found = find(path)
-    if not found:
-        raise NotFoundError(f"nothing in {path} is a checkpoint of a kind that is known", key=str(path))
-    return found
+    return find(Path(os.path.abspath(source)))
 
 
 def import_found(
@@ -153,102 +151,108 @@ def import_found(
 ) -> ImportReport:
     """As ``import_from``, of what was found."""
     began = time.perf_counter()
-    items = [_Item(one, store, wishes, sandbox) for one in found]
-    if len(items) > 1:
-        _check_single(items, wishes)
-        items = _ordered(items)
-    if only_latest:
-        items = items[-1:]
-    there = {(c.step, reason): c for c in ([] if wishes.again else store.checkpoints()) for reason in c.reasons}
+    if len(found) > 1 and not only_latest and (wishes.step is not None or wishes.epoch is not None):
+        raise StateError(f"step= and epoch= are for one checkpoint, and {len(found)} were found: name one", path="step")
+    broken: dict[Path, CheckpointError] = {}
+    if len(found) > 1:
+        found = _surveyed(found, wishes, sandbox, broken)
+    found = found[-1:] if only_latest else found
+    importer = _Importer(store, wishes, sandbox, progress)
     done = []
-    for item in items:
-        result = item.run(there, progress)
-        if result.problem is not None and len(items) == 1:
-            raise result.problem
-        done.append(result)
+    for one in found:
+        item = importer.run(one, broken.get(one.path), alone=len(found) == 1)
+        if item.problem is not None and len(found) == 1:
+            raise item.problem
+        done.append(item)
     return ImportReport(done, time.perf_counter() - began)
 
 
-def _check_single(items: Sequence[_Item], wishes: Wishes) -> None:
-    if wishes.step is not None or wishes.epoch is not None:
-        raise StateError(f"step= and epoch= are for one checkpoint, and {len(items)} were found: name one", path="step")
+def _surveyed(
+    found: Sequence[Found], wishes: Wishes, sandbox: Sandbox, broken: dict[Path, CheckpointError]
+) -> list[Found]:
+    """Each save once, oldest first, as their content tells; what can't be read stands in ``broken``."""
+    read = []
+    for one in found:
+        says = Told()
+        if may_tell(one):
+            try:
+                with _opened(one, wishes, sandbox, check=False) as opened:
+                    says = opened.told
+            except CheckpointError as error:
+                broken[one.path] = error
+        read.append((one, says))
+    return settled(read)
 
 
-def _ordered(items: list[_Item]) -> list[_Item]:
-    """Oldest first: by the step, where only the content tells it."""
-    if all(item.found.step is not None for item in items):
-        return items
-    for item in items:
-        item.look()
-    known = [item for item in items if item.step is not None]
-    return [*(item for item in items if item.step is None), *sorted(known, key=lambda item: item.step or 0)]
+def _opened(
+    found: Found, wishes: Wishes, sandbox: Sandbox, *, check: bool, pulse: Callable[[int], None] = lambda done: None
+) -> Opened:
+    return Opened(
+        found,
+        sandbox,
+        only=wishes.only,
+        skip=wishes.skip,
+        without_refused=wishes.without_refused,
+        check=check,
+        pulse=pulse,
+    )
 
 
-class _Item:
-    """One checkpoint on its way in."""
+class _Importer:
+    """Imports one after the other into a store."""
 
-    def __init__(self, found: Found, store: Store, wishes: Wishes, sandbox: Sandbox) -> None:
-        self.found, self._store, self._wishes, self._sandbox = found, store, wishes, sandbox
-        self.step = found.step
-        self._problem: CheckpointError | None = None
+    def __init__(self, store: Store, wishes: Wishes, sandbox: Sandbox, progress: Progress | None) -> None:
+        self._store, self._wishes, self._sandbox, self._progress = store, wishes, sandbox, progress
+        known = [] if wishes.again else store.checkpoints()
+        self._there = {(one.step, reason): one for one in known for reason in one.reasons}
 
-    @property
-    def reason(self) -> str:
-        """Why it is in the store, which tells a second time from the first."""
-        created = self.found.created
-        saved = f", saved {created.isoformat(timespec='seconds')}" if created is not None else ""
-        path = os.path.realpath(self.found.path)
-        # Of a long path the end tells more.
-        return f"imported from {path[-_REASON_LENGTH:]}{saved}"
-
-    def look(self) -> None:
-        """Find out the step."""
+    def run(self, found: Found, problem: CheckpointError | None, *, alone: bool) -> Imported:
+        """Import it, if it isn't there yet; ``alone``: what its content tells hasn't been asked for."""
+        wishes, meter = self._wishes, _Meter(self._progress)
+        result = self._described(found)
+        if problem is not None:
+            return replace(result, problem=problem)
+        if not alone and (known := self._known(result, found)):
+            return known
         try:
-            with self._opened(check=False) as opened:
-                self.step = opened.facts.step
-        except CheckpointError as error:
-            self._problem = error
-
-    def run(self, there: Mapping[tuple[int, str], Checkpoint], progress: Progress | None) -> Imported:
-        """Import it, if it isn't there yet."""
-        wishes, found = self._wishes, self.found
-        step = wishes.step if wishes.step is not None else self.step
-        result = Imported(found.kind, found.path, step, left_out=found.left_out, problem=self._problem)
-        if self._problem is not None:
-            return result
-        if step is not None and (known := there.get((step, self.reason))) is not None:
-            return _of(result, known, was_there=True)
-        try:
-            meter = _Meter(progress)
-            opened = self._opened(check=not wishes.dry_run, pulse=meter.proven)
+            opened = _opened(found, wishes, self._sandbox, check=not wishes.dry_run, pulse=meter.proven)
         except CheckpointError as error:
             return replace(result, problem=error)
         with opened:
-            return self._saved(result, opened, there, meter)
+            (found,) = settled([(found, opened.told)]) if alone else (found,)
+            result = replace(self._described(found), left_out={**found.left_out, **opened.left_out})
+            if result.step is None:
+                return replace(result, problem=_stepless(found))
+            if known := self._known(result, found):
+                return known
+            return result if wishes.dry_run else self._saved(result, found, opened, meter)
 
-    def _saved(
-        self, result: Imported, opened: Opened, there: Mapping[tuple[int, str], Checkpoint], meter: _Meter
-    ) -> Imported:
-        wishes, facts = self._wishes, opened.facts
-        step = wishes.step if wishes.step is not None else facts.step
-        epoch = wishes.epoch if wishes.epoch is not None else facts.epoch
-        metrics = {**facts.metrics, **wishes.metrics}
-        result = replace(result, step=step, epoch=epoch, metrics=metrics, left_out=opened.left_out)
-        if step is None:
-            return replace(result, problem=_stepless(self.found))
-        if (known := there.get((step, self.reason))) is not None:
-            return _of(result, known, was_there=True)
-        if wishes.dry_run:
-            return result
-        reasons = [self.reason, *self.found.reasons, *wishes.reasons]
+    def _described(self, found: Found) -> Imported:
+        wishes = self._wishes
+        return Imported(
+            found.kind,
+            found.path,
+            wishes.step if wishes.step is not None else found.step,
+            wishes.epoch if wishes.epoch is not None else found.epoch,
+            {**found.metrics, **wishes.metrics},
+            left_out=found.left_out,
+        )
+
+    def _known(self, result: Imported, found: Found) -> Imported | None:
+        """What it is in the store, where it was imported before."""
+        there = None if result.step is None else self._there.get((result.step, _reason(found)))
+        return None if there is None else _of(result, there, was_there=True)
+
+    def _saved(self, result: Imported, found: Found, opened: Opened, meter: _Meter) -> Imported:
+        assert result.step is not None
         try:
             saved = self._store.save_streamed(
                 opened.state,
-                step=step,
-                epoch=epoch,
-                metrics=metrics,
-                modes=wishes.modes,
-                reasons=reasons,
+                step=result.step,
+                epoch=result.epoch,
+                metrics=result.metrics,
+                modes=self._wishes.modes,
+                reasons=[_reason(found), *found.reasons, *self._wishes.reasons],
                 progress=meter.saved,
             )
         except CheckpointError:
@@ -257,17 +261,12 @@ class _Item:
             raise
         return _of(result, saved, was_there=False)
 
-    def _opened(self, *, check: bool, pulse: Callable[[int], None] = lambda done: None) -> Opened:
-        wishes = self._wishes
-        return Opened(
-            self.found,
-            self._sandbox,
-            only=wishes.only,
-            skip=wishes.skip,
-            without_refused=wishes.without_refused,
-            check=check,
-            pulse=pulse,
-        )
+
+def _reason(found: Found) -> str:
+    """Why it is in the store, which tells a second time from the first."""
+    saved = f", saved {found.created.isoformat(timespec='seconds')}" if found.created is not None else ""
+    # Of a long path the end tells more.
+    return f"imported from {os.path.realpath(found.path)[-_REASON_LENGTH:]}{saved}"
 
 
 class _Meter:
@@ -299,4 +298,4 @@ def _of(result: Imported, checkpoint: Checkpoint, *, was_there: bool) -> Importe
 
 
 def _stepless(found: Found) -> StateError:
-    return StateError(f"{found.path} doesn't tell its step: say it with step= (--step on the command line)", path="step")
+    return StateError(f"{found.path} doesn't tell its step: give it with step= (--step for the command)", path="step")

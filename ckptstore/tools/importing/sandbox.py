@@ -32,7 +32,6 @@ _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL")
 _ERRORS: dict[str, type[errors.CheckpointError]] = {
     "format": errors.FormatError,
     "integrity": errors.IntegrityError,
-    "state": errors.StateError,
     "storage": errors.StorageError,
 }
 
@@ -98,7 +97,7 @@ class Sandbox:
                 answer = bytearray(8)
                 channel.receive_into(control, memoryview(answer))
                 return int.from_bytes(answer, "little")
-            except (OSError, channel.Gone) as error:
+            except (OSError, channel.GoneError) as error:
                 raise errors.StorageError(f"the process that reads foreign files has ended: {error}") from error
 
     def _start(self) -> socket.socket:
@@ -106,7 +105,7 @@ class Sandbox:
         path = [str(Path(__file__).parents[3]), *(os.path.abspath(one) for one in sys.path if one)]
         given = json.dumps({"path": path, "socket": theirs.fileno()})
         with theirs:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-I", "-B", "-c", _CODE, given],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
@@ -121,7 +120,7 @@ class Sandbox:
         ours.settimeout(_START_S)
         try:
             channel.receive_into(ours, memoryview(bytearray(1)))
-        except (channel.Gone, TimeoutError) as error:
+        except (channel.GoneError, TimeoutError) as error:
             self.close()
             raise errors.StorageError("the process that reads foreign files doesn't start") from error
         return ours
@@ -221,11 +220,11 @@ class Reader:
         code, message = str(fields.get("code")), str(fields.get("message"))
         if code == "memory":
             raise errors.FormatError(f"{self._name} needs more memory to be read than its size explains")
-        where = {name: str(fields[name]) for name in ("path", "key") if name in fields}
-        cls = _ERRORS.get(code, errors.FormatError)
-        if cls is not errors.StateError:
-            where.pop("path", None)
-        raise cls(message, **where)
+        if code == "state":
+            path = fields.get("path")
+            raise errors.StateError(message, path=None if path is None else str(path))
+        key = fields.get("key")
+        raise _ERRORS.get(code, errors.FormatError)(message, key=None if key is None else str(key))
 
     def broken(self, error: Exception) -> errors.CheckpointError:
         """What it means that the reader doesn't answer, or answers nonsense; it is ended."""
@@ -247,7 +246,7 @@ class Reader:
         if number == signal.SIGKILL:
             return errors.StorageError(f"the process that reads {self._name} was killed, maybe for lack of memory")
         name = signal.Signals(number).name if number else f"exit code {os.WEXITSTATUS(status)}"
-        return errors.FormatError(f"the process that reads {self._name} crashed ({name}): the file is damaged or hostile")
+        return errors.FormatError(f"the process that reads {self._name} crashed ({name}): it is damaged or hostile")
 
 
 class _Explained:
@@ -260,7 +259,7 @@ class _Explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, channel.Gone | TimeoutError | OSError | errors.CheckpointError):
+        if isinstance(error, channel.GoneError | TimeoutError | OSError | errors.CheckpointError):
             told = self._reader.broken(error)
             if told is not error:
                 raise told from error

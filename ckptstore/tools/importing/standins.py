@@ -75,7 +75,7 @@ def _as_text(of: Callable[..., Any]) -> type:
     return type(of.__name__, (), {"__new__": lambda cls, *parts: str(of(*parts))})
 
 
-def known() -> list[tuple[Any, str]]:
+def known() -> list[Any]:
     """Our additions to PyTorch's own table, as ``torch.serialization.add_safe_globals`` takes them."""
     rows: list[tuple[Any, str]] = [(cls, f"builtins.{name}") for name, cls in _PLAIN.items()]
     rows += [(Deque, "collections.deque"), (DefaultDict, "collections.defaultdict")]
@@ -90,7 +90,8 @@ def known() -> list[tuple[Any, str]]:
 
 def _numpy() -> list[tuple[Any, str]]:
     """Arrays and scalars, as PyTorch's manual recommends to allow them."""
-    multiarray: Any = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    numpy: Any = np
+    multiarray = numpy._core.multiarray if hasattr(np, "_core") else numpy.core.multiarray
     homes = ("numpy.core.multiarray", "numpy._core.multiarray")
     rows: list[tuple[Any, str]] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
     rows += [(getattr(multiarray, name), f"{home}.{name}") for home in homes for name in ("_reconstruct", "scalar")]
@@ -136,8 +137,8 @@ def stand_in(name: str) -> tuple[Any, str]:
 def name_of(value: object) -> str | None:
     """What ``value`` stands for; None where it isn't a stand-in."""
     if isinstance(type(value), _Kind):
-        return type(value).of  # type: ignore[attr-defined,no-any-return]
-    return value.of if isinstance(value, _Kind) else None  # type: ignore[attr-defined,no-any-return]
+        value = type(value)
+    return str(getattr(value, "of", "")) if isinstance(value, _Kind) else None
 
 
 def allow() -> None:

@@ -198,7 +198,7 @@ def _globals(data: bytes) -> set[tuple[str, str]]:
     memo: dict[int, str] = {}
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = argument.partition(" ")
+            module, _, name = str(argument).partition(" ")
             found.add((_RENAMED.get(module, module), name))
         elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
             found.add((texts[-2], texts[-1]))
