@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tests.sandboxes"]
+
 # The sample is the same at every run, so that a change is judged by itself; the full run looks elsewhere each time.
 settings.register_profile("sampled", max_examples=20, stateful_step_count=20, deadline=None, derandomize=True)
 settings.register_profile(
