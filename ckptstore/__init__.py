@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from ckptstore.store import Store
     from ckptstore.tools.bisect import Bisection, bisect
     from ckptstore.tools.usage import Usage, usage
+    from ckptstore.tools.importing.run import Imported, ImportReport, import_from
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 
@@ -84,6 +85,8 @@ __all__ = [
     "Failed",
     "FallbackWarning",
     "FormatError",
+    "ImportReport",
+    "Imported",
     "IntegrityError",
     "Judgement",
     "Lag",
@@ -127,6 +130,7 @@ __all__ = [
     "every_kept",
     "fence",
     "foresee",
+    "import_from",
     "last",
     "milestones",
     "on_best",
@@ -167,6 +171,7 @@ _HOMES = {
     "ckptstore.store": ("Store",),
     "ckptstore.tools.bisect": ("Bisection", "bisect"),
     "ckptstore.tools.usage": ("Usage", "usage"),
+    "ckptstore.tools.importing.run": ("ImportReport", "Imported", "import_from"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -21,6 +21,7 @@ _HOMES = {
     "du": "du",
     "bisect": "bisect",
     "copy": "copy",
+    "import": "import_",
     "hold": "hold",
     "release": "hold",
     "delete": "delete",
@@ -44,7 +45,11 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _HOMES:
             return None
-        command = getattr(importlib.import_module(f"ckptstore.cli.{_HOMES[cmd_name]}"), cmd_name)
+        home = _HOMES[cmd_name]
+        # Python has the word import for itself.
+        command = getattr(
+            importlib.import_module(f"ckptstore.cli.{home}"), "import_" if home == "import_" else cmd_name
+        )
         assert isinstance(command, click.Command)
         if ctx.resilient_parsing:
             from ckptstore.cli.completing import completed

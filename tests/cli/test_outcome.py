@@ -21,6 +21,7 @@ COMMANDS = {
     "du": (),
     "bisect": ("--good", "step:10", "--bad", "latest", "true"),
     "copy": ("memory://target of a copy",),
+    "import": ("memory://target of an import",),
     "hold": ("latest", "name"),
     "release": ("name",),
     "delete": ("latest", "--yes"),
@@ -32,8 +33,8 @@ COMMANDS = {
     "doctor": ("--size", "2MB"),
     "completion": ("bash",),
 }
-# init writes a config, plan reads one, and completion is about none; they take no URL.
-WITH_URL = [name for name in COMMANDS if name not in ("init", "plan", "completion")]
+# init writes a config, plan reads one, and completion is about none; they take no URL. import takes a file first.
+WITH_URL = [name for name in COMMANDS if name not in ("init", "plan", "completion", "import")]
 # doctor asks about storages, where no store need be.
 OF_STORES = [name for name in WITH_URL if name != "doctor"]
 

@@ -106,7 +106,11 @@ def _explained(file: IO[bytes], name: str, error: Exception) -> Exception:
     text = str(error).partition("Please file an issue")[0].strip()
     if refused:
         named = ", ".join(refused)
-        return StateError(f"{name} can't be read without running pickled code: it needs {named}", path=name)
+        return StateError(
+            f"{name} can't be read without running pickled code: it needs {named}. What holds such an object is left "
+            "out with without_refused=True (--without-refused for the command)",
+            path=name,
+        )
     if type(error).__name__ == "UnpicklingError":
         cause = text.rpartition("WeightsUnpickler error: ")[2]
         return StateError(f"{name} can't be read without running pickled code: {cause:.300}", path=name)
@@ -129,10 +133,10 @@ def check_zip(file: IO[bytes], name: str, *, check: bool = True, pulse: Pulse = 
         members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, OverflowError) as error:
         raise IntegrityError(f"{name} is damaged or cut off: {error}", key=name) from error
-    if len(members) > _MAX_RECORDS or sum(member.file_size for member in members) > size:
-        raise FormatError(f"{name} says that it holds more than its {size} bytes", key=name)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise FormatError(f"{name} is compressed, as torch.save never does", key=name)
+    if len(members) > _MAX_RECORDS or sum(member.file_size for member in members) > size:
+        raise FormatError(f"{name} says that it holds more than its {size} bytes", key=name)
     if not any(member.filename.endswith("data.pkl") for member in members):
         raise FormatError(f"{name} is an archive, but not one of torch.save: it has no data.pkl", key=name)
     if check:
