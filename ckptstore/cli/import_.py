@@ -15,22 +15,17 @@ from ckptstore.cli.terminal import answer, byte_progress, emit, json_option
 if TYPE_CHECKING:
     from ckptstore.tools.importing.run import Imported, ImportReport
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _NAMED = 8
 """Of what was left out; --json names all."""
 
 
-class _Metric(click.ParamType):
+def _metric(text: str) -> tuple[str, float]:
     """``val_loss=3.1``."""
-
-    name = "metric"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float] | object:
-        name, _, number = str(value).partition("=")
-        if not name or re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", number, re.ASCII) is None:
-            self.fail(f"{value!r} must be NAME=NUMBER, as val_loss=3.1", param, ctx)
-        return name, float(number)
+    name, _, number = text.partition("=")
+    if not name or _NUMBER.fullmatch(number) is None:
+        raise click.BadParameter(f"{text!r} must be NAME=NUMBER, as val_loss=3.1")
+    return name, float(number)
 
 
 @click.command("import")
@@ -38,7 +33,7 @@ class _Metric(click.ParamType):
 @click.argument("url")
 @click.option("--step", type=click.IntRange(0, 10**15 - 1), metavar="N", help="Completed steps, where nothing tells.")
 @click.option("--epoch", type=click.IntRange(0, 10**15 - 1), metavar="N", help="Completed epochs, likewise.")
-@click.option("--metric", "metrics", type=_Metric(), multiple=True, metavar="NAME=NUMBER", help="One more; repeatable.")
+@click.option("--metric", "metrics", type=_metric, multiple=True, metavar="NAME=NUMBER", help="One more; repeatable.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only what matches, as 'model/*'; repeatable.")
 @click.option("--only-latest", is_flag=True, help="Of many checkpoints, only the newest.")
 @click.option("--without-refused", is_flag=True, help="Leave out what only running code could make.")
@@ -60,7 +55,7 @@ def import_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Import what other programs have saved at SOURCE into the store at URL.
+    """Import the checkpoints of other programs at SOURCE into URL.
 
     SOURCE is a file or folder: .pt, .pth, .bin or .ckpt of torch.save or Lightning, safetensors, a sharded model, a
     torch.distributed.checkpoint, or a run of the Hugging Face Trainer, of Accelerate or of a program that saves
