@@ -399,7 +399,7 @@ def deep(path: Path) -> None:
     path.write_text('{"global_step": ' + "[" * 100_000)
 
 
-def deepish(path: Path) -> None:
+def too_deep(path: Path) -> None:
     path.write_text('{"global_step": 50, "a": ' + "[" * 90 + "]" * 90 + "}")
 
 
@@ -407,11 +407,7 @@ def digits(path: Path) -> None:
     path.write_text('{"global_step": ' + "9" * 100_000 + "}")
 
 
-def surrogates(path: Path) -> None:
-    path.write_text('{"global_step": 50, "name": "\\ud800"}')
-
-
-@pytest.mark.parametrize("hostile", [giant, deep, deepish, digits, surrogates])
+@pytest.mark.parametrize("hostile", [giant, deep, too_deep, digits])
 def test_json_that_does_harm(tmp_path: Path, run: Run, hostile: Callable[[Path], None]) -> None:
     path = state_folder(tmp_path, run, 50)
     hostile(path / "metadata.json")

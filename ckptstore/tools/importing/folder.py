@@ -15,6 +15,7 @@ from ckptstore.errors import FormatError, NotFoundError, StorageError
 from ckptstore.units import size_text
 
 JSON_LIMIT_BYTES = 64 << 20
+_JSON_DEPTH = 64
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -100,11 +101,29 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise StorageError(f"{path} can't be read: {error.strerror or error}", key=str(path)) from error
     try:
-        return json.loads(data)
+        found = json.loads(data)
+        if _is_deep(found):
+            raise RecursionError
+        return found
     except RecursionError as error:
         raise FormatError(f"{path.name} is nested too deeply", key=str(path)) from error
     except ValueError as error:
         raise FormatError(f"{path.name} is no valid JSON: {error}", key=str(path)) from error
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested more deeply than a state may be, of which it becomes a part."""
+    level = [value]
+    for _ in range(_JSON_DEPTH):
+        level = [
+            child
+            for one in level
+            if isinstance(one, dict | list)
+            for child in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def by_numbers(name: str) -> tuple[tuple[int, int, str], ...]:
