@@ -102,7 +102,7 @@ def milestone(folder: Path, run: Run, step: int, params: int, text: str, *, besi
 
 
 def state_folder(folder: Path, run: Run, step: int, *, epoch: int = 0, metadata: bool = True) -> Path:
-    """checkpoint-N of weights as ``save_pretrained`` leaves them, training_state.pt, and metadata.json since version 2."""
+    """checkpoint-N with what ``save_pretrained`` leaves, training_state.pt, and metadata.json since the second version."""
     path = weights_folder(folder / f"checkpoint-{step}", run)
     state = {
         "global_step": step,

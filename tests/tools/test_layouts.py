@@ -305,7 +305,7 @@ def test_an_index_without_its_shards(tmp_path: Path, run: Run) -> None:
     assert steps(found) == [100]
     why = found[0].left_out["checkpoint-200"]
     assert "model-00002-of-00002.safetensors: not there" in why
-    with pytest.raises(FormatError, match="incomplete: .*model-00002-of-00002"):
+    with pytest.raises(FormatError, match=r"incomplete: .*model-00002-of-00002"):
         find(path)
 
     shutil.copy(path / "model-00001-of-00002.safetensors", path / "model-00002-of-00002.safetensors")
@@ -514,7 +514,7 @@ def test_several_runs_are_not_mixed(tmp_path: Path, run: Run) -> None:
         torch.save({"global_step": 3}, folder / "epoch=0-step=3.ckpt")
         legacy_folder(tmp_path / f"other-{number}", run, 10)
 
-    with pytest.raises(FormatError, match="holds several runs: import one of .*version_0/checkpoints, .*version_1"):
+    with pytest.raises(FormatError, match=r"holds several runs: import one of .*version_0/checkpoints, .*version_1"):
         find(tmp_path)
 
 
