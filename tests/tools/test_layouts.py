@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ckptstore.errors import CheckpointError, FormatError, NotFoundError, StorageError
 from ckptstore.tools.importing.folder import JSON_LIMIT_BYTES, by_numbers
@@ -35,7 +38,7 @@ def content(found: Found) -> dict[str, Any]:
     """The state of a checkpoint, as an importer has it."""
     state: dict[str, Any] = dict(found.values)
     for component, path in found.files.items():
-        loaded = torch.load(path, weights_only=False) if path.suffix in (".pt", ".bin", ".ckpt") else {}
+        loaded = torch.load(path, weights_only=False) if path.is_file() and path.suffix != ".safetensors" else {}
         state |= loaded if component == "" else {component: loaded}
     return state
 
@@ -436,8 +439,8 @@ def test_thousands_of_files(tmp_path: Path, run: Run) -> None:
     (found,) = find(tmp_path)
 
     assert found.step == 50
-    assert found.left_out["…"] == "and 2900 more"
-    assert len(find(path)[0].left_out) == 101
+    assert found.left_out["checkpoint-50/…"] == found.left_out[f"{tmp_path.name}/…"] == "and 2900 more"
+    assert len(found.left_out) == 202
 
 
 def test_a_folder_that_may_not_be_read(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,3 +555,140 @@ def test_finding_needs_no_torch(tmp_path: Path, run: Run) -> None:
         "assert not {'torch', 'numpy', 'pickle'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+# -- weights in other shapes -----------------------------------------------------------------------------
+
+
+def test_adapters(tmp_path: Path, run: Run) -> None:
+    """What a LoRA run saves: the adapter's weights, and its config."""
+    path = weights_folder(tmp_path / "checkpoint-20", run)
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    (path / "config.json").rename(path / "adapter_config.json")
+    (path / "trainer_state.json").write_text('{"global_step": 20, "epoch": 0.5}')
+
+    (found,) = find(tmp_path)
+
+    assert (found.kind, found.step, found.files["model"].name) == ("huggingface", 20, "adapter_model.safetensors")
+    assert "adapter_config" in found.values
+
+
+def test_shards_of_deepspeed(tmp_path: Path, run: Run) -> None:
+    """Each rank's are of no use to anybody else."""
+    path = tmp_path / "checkpoint-20"
+    (path / "global_step20").mkdir(parents=True)
+    (path / "global_step20" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    (path / "trainer_state.json").write_text('{"global_step": 20}')
+    with pytest.raises(FormatError, match=r"checkpoint-20 .*zero_to_fp32\.py"):
+        find(tmp_path)
+
+    shutil.copytree(weights_folder(tmp_path / "weights", run), path, dirs_exist_ok=True)
+    (found,) = find(path)
+    assert "global_step20" in found.left_out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_folders_of_distributed_checkpoint(tmp_path: Path, run: Run) -> None:
+    """By itself, as the model of a sharded run of accelerate, and as Lightning's with meta.pt beside it."""
+    import torch.distributed.checkpoint as dcp
+
+    alone = tmp_path / "step" / "checkpoint-5"
+    sharded = tmp_path / "sharded" / "checkpoint-30"
+    lightning = tmp_path / "lightning" / "epoch=0-step=7.ckpt"
+    for path in (alone, sharded / "pytorch_model_fsdp_0", lightning):
+        dcp.save({"model": run.weights()}, checkpoint_id=path, no_dist=True)
+    torch.save({"step": 0}, sharded / "random_states_0.pkl")
+    progress = {"epoch_progress": {"current": {"processed": 1}}}
+    torch.save({"global_step": 7, "loops": {"fit_loop": progress}}, lightning / "meta.pt")
+
+    (found,) = find(alone)
+    assert (found.kind, found.step, found.files) == ("dcp", 5, {"": alone})
+    (found,) = find(tmp_path / "sharded")
+    assert (found.kind, found.files["model"]) == ("accelerate", sharded / "pytorch_model_fsdp_0")
+    (found,) = read(tmp_path / "lightning")
+    assert (found.kind, found.step, found.epoch) == ("lightning", 7, 1)
+    assert find(lightning)[0].files == {"state": lightning, "meta": lightning / "meta.pt"}
+
+
+def test_a_snapshot_in_the_hubs_cache(tmp_path: Path, run: Run) -> None:
+    """Its files are links to the same model's blobs; a link to another model leads out."""
+    model = tmp_path / "models--a--b"
+    snapshot = weights_folder(model / "snapshots" / "0123", run)
+    (model / "blobs").mkdir()
+    (snapshot / "model.safetensors").rename(model / "blobs" / "abc")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    assert find(snapshot)[0].files == {"model": snapshot / "model.safetensors"}
+
+    (model / "blobs" / "abc").rename(tmp_path / "abc")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../../abc")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors is a link that leads out"):
+        find(snapshot)
+
+
+def test_a_folder_called_tmp(tmp_path: Path, run: Run) -> None:
+    """What is named by a person isn't unfinished."""
+    assert find(weights_folder(tmp_path / "tmp", run))[0].kind == "weights"
+
+
+# -- anything at all -------------------------------------------------------------------------------------
+
+NAMES = (
+    "checkpoint-1 checkpoint_2 checkpoint-tmp-3 final epoch_0 step_9 checkpoints lightning_logs version_0 snapshots "
+    "blobs model.safetensors model.safetensors.index.json pytorch_model.bin optimizer.pt optimizer.bin "
+    "random_states_0.pkl trainer_state.json training_state.pt metadata.json eval_metrics.json checkpoint_manifest.json config.json "
+    "latest.pt rolling_step_000005.pt emergency_step_000000_20250101_000000.pt checkpoint_1.0B_step_7.pt "
+    "checkpoint_1.0B_step_7.json last.ckpt a.ckpt .metadata meta.pt foo.pt trainer_state.pt x.json \u0663.pt a\nb.pt"
+).split(" ")
+KEYS = st.sampled_from(
+    "global_step epoch step log_history timestamp weight_map metrics callbacks loops fit_loop state optimizer monitor "
+    "best_k_models train_loss val_loss epoch_progress current processed meta 0".split()
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(torch.tensor([1.5])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+FILES = st.one_of(
+    st.just(b""), st.binary(max_size=20), VALUES.map(lambda value: json.dumps(value, default=str).encode())
+)
+TREES = st.recursive(
+    FILES | st.sampled_from(["link out", "link within", "link to nothing", "pipe"]),
+    lambda inner: st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
+    max_leaves=25,
+)
+
+
+def plant(path: Path, tree: Any, root: Path) -> None:
+    if isinstance(tree, dict):
+        path.mkdir()
+        for name, inner in tree.items():
+            plant(path / name, inner, root)
+    elif isinstance(tree, bytes):
+        path.write_bytes(tree)
+    elif tree == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"link out": "/", "link within": root, "link to nothing": "nothing"}[tree])
+
+
+@given(tree=st.dictionaries(st.sampled_from(NAMES), TREES, max_size=6), state=st.dictionaries(KEYS, VALUES, max_size=4))
+@settings(suppress_health_check=list(HealthCheck))
+def test_any_folder_at_all(tree: dict[str, Any], state: dict[str, Any]) -> None:
+    """What is found lies within; else an error says what is wrong; and no content makes a difference to that."""
+    with tempfile.TemporaryDirectory() as made:
+        root = Path(os.path.realpath(made), "root")
+        plant(root, tree, root)
+        try:
+            found = find(root)
+        except CheckpointError as error:
+            assert str(root) in error.message  # noqa: PT017 - an error is one of two right answers
+            return
+        places = [path for one in found for path in one.files.values()]
+        assert places
+        assert all(Path(os.path.realpath(path)).is_relative_to(root) for path in places)
+        assert all(one.step is None or 0 <= one.step < 10**15 for one in found)
+        for one in settled([(one, told(one, state)) for one in found]):
+            assert one.step is None or 0 <= one.step < 10**15
+            assert one.epoch is None or 0 <= one.epoch <= 10**15
+            assert all(abs(value) < 1e300 for value in one.metrics.values())

@@ -48,7 +48,7 @@ class Folder:
             StorageError: it can't be read.
         """
         path = path if root else Path(os.path.realpath(path))
-        root = root or path
+        root = root or _root(path)
         files: dict[str, int] = {}
         links: dict[str, Path] = {}
         folders: set[str] = set()
@@ -139,6 +139,12 @@ def number_in(pattern: re.Pattern[str], name: str) -> int | None:
     """The number that the pattern's first group finds where all of ``name`` matches; None if it is none of ours."""
     match = pattern.fullmatch(name)
     return int(match[1]) if match and len(match[1]) <= 15 else None
+
+
+def _root(path: Path) -> Path:
+    """The folder itself; in a cache of the Hugging Face hub, whose snapshots are links, that of the whole model."""
+    model = path.parent.parent
+    return model if path.parent.name == "snapshots" and (model / "blobs").is_dir() else path
 
 
 def _entries(path: Path) -> list[os.DirEntry[str]]:

@@ -8,12 +8,11 @@ from ckptstore.tools.importing import accelerate, huggingface, lightning, older
 from ckptstore.tools.importing.folder import Folder, number_in
 from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.noted import Noted, metrics_of
-from ckptstore.tools.importing.parts import NO_MODEL, Parts, parts_of
+from ckptstore.tools.importing.parts import NO_MODEL, Parts, is_known, parts_of
 
 _FAMILIES = (older.components_noted, older.state_noted, huggingface.noted, accelerate.noted)
 _EVALUATED = ("eval_metrics.json", "eval_results.json")
 _DEEPSPEED = re.compile(r"global_step\d+|pytorch_model", re.ASCII)
-_UNFINISHED = re.compile(r"(?:.*[-_.])?te?mp(?:[-_.].*)?", re.IGNORECASE)
 
 
 def checkpoint_in(folder: Folder) -> Found | str | None:
@@ -22,12 +21,12 @@ def checkpoint_in(folder: Folder) -> Found | str | None:
         dcp = Found("dcp", folder.path, {"": folder.path}, number_in(huggingface.NUMBERED, folder.path.name))
         return lightning.sharded(folder) or dcp
     noted = next((found for found in (family(folder) for family in _FAMILIES) if found), None)
+    if noted is None and not is_known(folder):
+        return None
     plain = noted or Noted("weights", step=number_in(huggingface.NUMBERED, folder.path.name))
     for name in _EVALUATED:
         plain.metrics |= metrics_of(plain.read(folder, name, name.removesuffix(".json")))
     parts = parts_of(folder, plain.names)
-    if noted is None and not (parts.known or parts.weights.names):
-        return None
     for component, name in parts.json.items():
         plain.read(folder, name, component)
     return _incomplete(folder, parts) or _found(folder, plain, parts)
@@ -35,8 +34,6 @@ def checkpoint_in(folder: Folder) -> Found | str | None:
 
 def _incomplete(folder: Folder, parts: Parts) -> str:
     """Why it can't be imported; "" where it can."""
-    if _UNFINISHED.fullmatch(folder.path.name):
-        return "an unfinished save, by its name"
     if parts.models or NO_MODEL in folder.files:
         return ""
     if parts.weights.missing:

@@ -17,7 +17,7 @@ from ckptstore.tools.importing import lightning, older
 from ckptstore.tools.importing.folder import Folder, by_numbers
 from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.infolder import checkpoint_in
-from ckptstore.tools.importing.parts import NUMBERED
+from ckptstore.tools.importing.parts import NUMBERED, shortened
 from ckptstore.tools.importing.single import SUFFIXES, found_in_file
 
 _LOOKED_FOR = (
@@ -26,6 +26,7 @@ _LOOKED_FOR = (
 )
 _RUN = re.compile(r"(?:version_|run-)\d+", re.ASCII)
 _STEP = re.compile(r"(?:.*[-_.])?step[=_-]?([0-9]{1,15})(?:[-_.].*)?")
+_UNFINISHED = re.compile(r"(?:.*[-_.])?te?mp(?:[-_.].*)?", re.IGNORECASE)
 _NO_STEP = "records no step: import it by itself, and say which with --step"
 
 
@@ -51,7 +52,8 @@ def find(path: Path) -> list[Found]:
         raise FormatError(f"{path} can't be imported: {itself}", key=str(path))
     found = [itself] if itself else _of_any_name(folder)
     if not found:
-        raise NotFoundError(f"no checkpoint at {path}: looked for {_LOOKED_FOR}", key=str(path))
+        seen = "".join(f"; {name} is {why}" for name, why in list(folder.left_out.items())[:3])
+        raise NotFoundError(f"no checkpoint at {path}: looked for {_LOOKED_FOR}{seen}", key=str(path))
     return found
 
 
@@ -103,7 +105,7 @@ def _of_run(folder: Folder) -> list[Found]:
         raise FormatError(f"no checkpoint in {folder.path} can be imported: {why}", key=str(folder.path))
     found = _in_order(found)
     _itself(folder, found, left_out)
-    return _with(found, {**left_out, **folder.left_out})
+    return _with(found, folder, left_out)
 
 
 def _inside(folder: Folder, name: str, look: Callable[[Folder], Any]) -> Any:
@@ -126,6 +128,8 @@ def _is_spare(folder: Folder, name: str, left_out: dict[str, str]) -> bool:
 def _sort_in(one: Found | str | None, name: str, found: list[Found], left_out: dict[str, str]) -> None:
     if isinstance(one, str):
         left_out[name] = one
+    elif one is not None and _UNFINISHED.fullmatch(name):
+        left_out[name] = "an unfinished save, by its name"
     elif one is not None and one.step is None and "step" not in one.facts_in:
         left_out[name] = _NO_STEP
     elif one is not None:
@@ -163,7 +167,7 @@ def _of_any_name(folder: Folder) -> list[Found]:
     for name in (name for name in folder.files if name.endswith(SUFFIXES)):
         if not _is_spare(folder, name, left_out):
             found.append(found_in_file(folder.path / name))
-    return _with(_in_order(found), {**left_out, **folder.left_out}) if found else []
+    return _with(_in_order(found), folder, left_out) if found else []
 
 
 def _in_order(found: Iterable[Found]) -> list[Found]:
@@ -177,6 +181,6 @@ def _order(found: Found) -> tuple[Any, ...]:
     return step is None, step or 0, time, by_numbers(found.path.name)
 
 
-def _with(found: list[Found], left_out: Mapping[str, str]) -> list[Found]:
-    newest = found[-1]
-    return [*found[:-1], replace(newest, left_out={**newest.left_out, **left_out})]
+def _with(found: list[Found], folder: Folder, left_out: Mapping[str, str]) -> list[Found]:
+    newest, beside = found[-1], shortened({**left_out, **folder.left_out}, folder)
+    return [*found[:-1], replace(newest, left_out={**newest.left_out, **beside})]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptstore.errors import CheckpointError
 from ckptstore.tools.importing.folder import Folder
-from ckptstore.tools.importing.weights import Weights, weights_in
+from ckptstore.tools.importing.weights import WEIGHTS, Weights, weights_in
 
 NO_MODEL = ".forgather_no_model_weights"
 """Beside a checkpoint that has no weights on purpose."""
@@ -43,7 +43,7 @@ _REFUSED = (
     (re.compile(r"sampler(_\d+)?\.bin", re.ASCII), "a pickled object of the program that wrote it"),
     (re.compile(r".*\.tmp|tmp.*"), "an unfinished save"),
     (
-        re.compile(r"bf16_zero_.*|zero_.*|mp_rank_.*|.*_rank\d+\.bin", re.ASCII),
+        re.compile(r"(bf16_)?zero_.*\.pt|mp_rank_.*\.pt|.*_rank\d+\.bin", re.ASCII),
         "one rank's share, which only ranks can read",
     ),
 )
@@ -66,7 +66,6 @@ class Parts:
         json: component → name of the JSON file that is it.
         left_out: name → why it is no component.
         models: there are weights, of at least one model.
-        known: at least one name besides the weights' is one that a framework gives.
     """
 
     weights: Weights
@@ -74,7 +73,6 @@ class Parts:
     json: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     models: bool = False
-    known: bool = False
 
 
 def parts_of(folder: Folder, read: Iterable[str]) -> Parts:
@@ -87,17 +85,26 @@ def parts_of(folder: Folder, read: Iterable[str]) -> Parts:
     parts.models = "model" in parts.files
     for name in sorted(folder.folders):
         _folder(parts, folder, name)
-    parts.left_out |= folder.left_out
-    if len(parts.left_out) > _NAMED:
-        more = f"and {len(parts.left_out) - _NAMED} more"
-        parts.left_out = dict(list(parts.left_out.items())[:_NAMED]) | {"…": more}
+    parts.left_out = shortened({**parts.left_out, **folder.left_out}, folder)
     return parts
+
+
+def is_known(folder: Folder) -> bool:
+    """Whether the folder has files that only a checkpoint has, by names that frameworks give; a quick look."""
+    return any(name in WEIGHTS or 0 <= _component(name)[0] < _SURE for name in folder.files)
+
+
+def shortened(left_out: Mapping[str, str], folder: Folder) -> dict[str, str]:
+    """As many as a person reads, and the number of the others in ``folder``."""
+    if len(left_out) <= _NAMED:
+        return dict(left_out)
+    more = f"and {len(left_out) - _NAMED} more"
+    return dict(list(left_out.items())[:_NAMED]) | {f"{folder.path.name}/…": more}
 
 
 def _file(parts: Parts, folder: Folder, name: str) -> None:
     why = next((why for pattern, why in _REFUSED if pattern.fullmatch(name)), None)
-    number, component = _component(name)
-    parts.known = parts.known or 0 <= number < _SURE
+    _, component = _component(name)
     if name in _JSON:
         parts.json[_JSON[name]] = name
     elif why or component is None:

@@ -9,7 +9,7 @@ from typing import Any
 from ckptstore.errors import FormatError, StorageError
 from ckptstore.tools.importing.folder import Folder
 
-_NAMES = (
+WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -44,7 +44,7 @@ def weights_in(folder: Folder) -> Weights:
     found: Path | None = None
     names: set[str] = set()
     missing: list[str] = []
-    for name in (name for name in _NAMES if name in folder.files):
+    for name in (name for name in WEIGHTS if name in folder.files):
         shards, problem = _shards(folder, name) if name.endswith(_INDEX) else ([], "")
         names |= {name, *shards}
         if folder.files[name] == 0:
