@@ -636,8 +636,8 @@ def test_a_folder_called_tmp(tmp_path: Path, run: Run) -> None:
 NAMES = (
     "checkpoint-1 checkpoint_2 checkpoint-tmp-3 final epoch_0 step_9 checkpoints lightning_logs version_0 snapshots "
     "blobs model.safetensors model.safetensors.index.json pytorch_model.bin optimizer.pt optimizer.bin "
-    "random_states_0.pkl trainer_state.json training_state.pt metadata.json eval_metrics.json checkpoint_manifest.json config.json "
-    "latest.pt rolling_step_000005.pt emergency_step_000000_20250101_000000.pt checkpoint_1.0B_step_7.pt "
+    "random_states_0.pkl trainer_state.json training_state.pt metadata.json eval_metrics.json checkpoint_manifest.json "
+    "config.json latest.pt rolling_step_000005.pt emergency_step_000000_20250101_000000.pt checkpoint_1.0B_step_7.pt "
     "checkpoint_1.0B_step_7.json last.ckpt a.ckpt .metadata meta.pt foo.pt trainer_state.pt x.json \u0663.pt a\nb.pt"
 ).split(" ")
 KEYS = st.sampled_from(
