@@ -176,8 +176,9 @@ def test_a_milestone_whose_json_says_no_step(tmp_path: Path, run: Run, text: str
     path.with_suffix(".json").write_text(text)
 
     (found,) = find(path)
-
     assert (found.step, found.reasons) == (12, ("milestone 1.2B",))
+    renamed = path.rename(tmp_path / "checkpoint_1.2B_step_13.pt")
+    assert steps(read(renamed)) == [12]
 
 
 # -- folders with training_state.pt --------------------------------------------------------------------
@@ -235,6 +236,8 @@ def test_a_folder_that_was_renamed(tmp_path: Path, run: Run) -> None:
     (found,) = find(path)
     assert (found.step, found.facts_in["step"]) == (None, "global_step")
     assert steps(read(path)) == [30]
+    (found,) = read(path.rename(tmp_path / "checkpoint-31"))
+    assert found.step == 30
 
 
 # -- a folder per step below checkpoints/ --------------------------------------------------------------
@@ -256,7 +259,9 @@ def test_folders_below_checkpoints(tmp_path: Path, run: Run) -> None:
     assert found[2].metrics == {"eval_loss": 1 / 1001}
     assert found[2].values["manifest"]["world_size"] == 2
     assert found[2].created
-    assert find(tmp_path / "checkpoints") == found
+    link = str(tmp_path / "pytorch_model.bin")
+    assert found[2].left_out[link] == "a link to checkpoints/checkpoint-1000/pytorch_model.bin"
+    assert find(tmp_path / "checkpoints")[:2] == found[:2]
 
 
 def test_one_step_in_order_of_its_time(tmp_path: Path, run: Run) -> None:
@@ -515,7 +520,8 @@ def test_several_runs_are_not_mixed(tmp_path: Path, run: Run) -> None:
         folder = tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints"
         folder.mkdir(parents=True)
         torch.save({"global_step": 3}, folder / "epoch=0-step=3.ckpt")
-        legacy_folder(tmp_path / f"other-{number}", run, 10)
+    (folder / "epoch=0-step=3.ckpt").write_bytes(b"")
+    (tmp_path / "lightning_logs" / "version_2" / "checkpoints").mkdir(parents=True)
 
     with pytest.raises(FormatError, match=r"holds several runs: import one of .*version_0/checkpoints, .*version_1"):
         find(tmp_path)
@@ -624,6 +630,17 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path, run: Run) -> None:
     (snapshot / "model.safetensors").symlink_to("../../../abc")
     with pytest.raises(NotFoundError, match=r"model\.safetensors is a link that leads out"):
         find(snapshot)
+
+
+def test_weights_beside_checkpoints(tmp_path: Path, run: Run) -> None:
+    """A run whose folder is called as a checkpoint isn't one of that step."""
+    output = weights_folder(tmp_path / "checkpoint-999", run)
+    state_folder(output, run, 5)
+
+    (found,) = find(output)
+
+    assert found.step == 5
+    assert "--step" in found.left_out["model.safetensors"]
 
 
 def test_a_folder_called_tmp(tmp_path: Path, run: Run) -> None:

@@ -17,7 +17,6 @@ import ckptstore as cs
 from ckptstore.errors import FormatError
 from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.layouts import find
-from ckptstore.tools.importing.run import import_from
 from tests.tools.older_systems import (
     Run,
     Tiers,
@@ -59,7 +58,7 @@ def check(store: cs.Store, checkpoint: cs.Checkpoint, files: Mapping[str, Path])
 
 
 def imported(path: Path, store: cs.Store) -> list[cs.Checkpoint]:
-    report = import_from(path, store)
+    report = cs.import_from(path, store)
     assert not [item.problem for item in report.items if item.problem]
     assert report.checkpoints == store.checkpoints()
     return list(report.checkpoints)

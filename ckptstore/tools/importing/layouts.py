@@ -17,8 +17,11 @@ from ckptstore.tools.importing import lightning, older
 from ckptstore.tools.importing.folder import Folder, by_numbers
 from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.infolder import checkpoint_in
+from ckptstore.tools.importing.noted import count_of
 from ckptstore.tools.importing.parts import NUMBERED, shortened
 from ckptstore.tools.importing.single import SUFFIXES, found_in_file
+from ckptstore.tools.importing.told import value_at
+from ckptstore.tools.importing.weights import weights_in
 
 _LOOKED_FOR = (
     "folders as checkpoint-500 with model.safetensors or pytorch_model.bin, Lightning's .ckpt files, a "
@@ -46,7 +49,7 @@ def find(path: Path) -> list[Found]:
     for place in _places(folder):
         found = _of_run(place)
         if found:
-            return found
+            return found if place is folder else _with(found, folder, _weights_beside(folder))
     itself = checkpoint_in(folder)
     if isinstance(itself, str):
         raise FormatError(f"{path} can't be imported: {itself}", key=str(path))
@@ -78,7 +81,7 @@ def _places(folder: Folder) -> Iterable[Folder]:
     for name in sorted((name for name in logs.folders if _RUN.fullmatch(name)), key=by_numbers):
         run = logs.child(name)
         place = run.child("checkpoints") if "checkpoints" in run.folders else run
-        if _of_run(place):
+        if _is_run(place):
             runs.append(place)
     if len(runs) > 1:
         names = ", ".join(str(run.path.relative_to(folder.path)) for run in runs)
@@ -106,6 +109,14 @@ def _of_run(folder: Folder) -> list[Found]:
     found = _in_order(found)
     _itself(folder, found, left_out)
     return _with(found, folder, left_out)
+
+
+def _is_run(folder: Folder) -> bool:
+    try:
+        return bool(_of_run(folder))
+    except CheckpointError:
+        # One that is incomplete is one of several all the same.
+        return True
 
 
 def _inside(folder: Folder, name: str, look: Callable[[Folder], Any]) -> Any:
@@ -141,14 +152,21 @@ def _itself(folder: Folder, found: list[Found], left_out: dict[str, str]) -> Non
     itself = checkpoint_in(replace(folder, folders=frozenset()))
     if not isinstance(itself, Found) or "model" not in itself.files:
         return
-    newest = found[-1].step
-    name = itself.files["model"].name
-    if itself.step is None or newest is None:
+    newest, name = found[-1].step, itself.files["model"].name
+    # Its own name, which may be that of a checkpoint, says nothing.
+    step = count_of(value_at(itself.values, "trainer_state/global_step"))
+    if step is None or newest is None:
         left_out[name] = _NO_STEP
-    elif itself.step > newest:
+    elif step > newest:
         found.append(itself)
     else:
-        left_out[name] = f"the weights at the end of training, step {itself.step}, of which there is a checkpoint"
+        left_out[name] = f"the weights at the end of training, step {step}, of which there is a checkpoint"
+
+
+def _weights_beside(folder: Folder) -> dict[str, str]:
+    """Weights in a run's folder whose checkpoints lie in another one; most often they lead there."""
+    links = {name: f"a link to {target.relative_to(folder.root)}" for name, target in folder.links.items()}
+    return {str(folder.path / name): links.get(name, _NO_STEP) for name in sorted(weights_in(folder).names)}
 
 
 def _files_of_programs(folder: Folder) -> list[Found]:
@@ -182,5 +200,6 @@ def _order(found: Found) -> tuple[Any, ...]:
 
 
 def _with(found: list[Found], folder: Folder, left_out: Mapping[str, str]) -> list[Found]:
+    """The newest one says what lies beside."""
     newest, beside = found[-1], shortened({**left_out, **folder.left_out}, folder)
     return [*found[:-1], replace(newest, left_out={**newest.left_out, **beside})]

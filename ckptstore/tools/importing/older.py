@@ -109,6 +109,7 @@ def milestones_in(folder: Folder) -> Iterator[Found]:
             folder.path / name,
             {"": folder.path / name},
             int(match[3]) if step is None else step,
+            facts_in={"step": "global_step"},
             left_out=found.left_out,
             reasons=(f"milestone {match[1].removesuffix('.0')}{match[2]}",),
         )
@@ -127,7 +128,7 @@ def unfinished_in(folder: Folder) -> dict[str, str]:
 
 
 def _from_name(found: Noted, folder: Folder, place: str) -> None:
+    """Where no JSON tells the step, the content does; the name is right as long as nobody renamed the folder."""
     if found.step is None:
         found.step = number_in(NUMBERED, folder.path.name)
-    if found.step is None:
         found.facts_in["step"] = place
