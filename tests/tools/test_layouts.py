@@ -437,14 +437,14 @@ def test_metrics_that_are_none(tmp_path: Path, run: Run) -> None:
 
 def test_thousands_of_files(tmp_path: Path, run: Run) -> None:
     path = state_folder(tmp_path, run, 50)
-    for number in range(3000):
+    for number in range(1000):
         (path / f"junk-{number}.txt").touch()
         (tmp_path / f"rolling_step_{number:06d}.pt.tmp").touch()
 
     (found,) = find(tmp_path)
 
     assert found.step == 50
-    assert found.left_out["checkpoint-50/…"] == found.left_out[f"{tmp_path.name}/…"] == "and 2900 more"
+    assert found.left_out["checkpoint-50/…"] == found.left_out[f"{tmp_path.name}/…"] == "and 900 more"
     assert len(found.left_out) == 202
 
 

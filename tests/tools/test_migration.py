@@ -74,11 +74,11 @@ def store(store_path: Path, sandbox: object) -> cs.Store:
 
 @pytest.fixture(scope="module")
 def huggingface(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The output of Trainer, and the model at its end; saved at 4, 8, 12, 16 and 18, nine steps an epoch."""
+    """The output of Trainer, and the model at its end; saved at 6, 12 and 18, nine steps an epoch."""
     from tests.integrations.huggingface_program import Options, trainer_of
 
     folder = tmp_path_factory.mktemp("huggingface")
-    arguments = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    arguments = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6}
     trainer = trainer_of(Options(str(folder), arguments=arguments | {"num_train_epochs": 2}))
     trainer.train()
     trainer.save_model()
@@ -90,9 +90,9 @@ def test_what_trainer_leaves(huggingface: tuple[Path, Any]) -> None:
     """Steps, epochs and metrics as Trainer recorded them; the model at the end is the last checkpoint's."""
     found = find(huggingface[0])
 
-    assert steps(found) == [4, 8, 12, 16, 18]
-    assert [one.epoch for one in found] == [0, 0, 1, 1, 2]
-    assert [sorted(one.metrics) for one in found] == [["eval_loss", "loss"]] * 4 + [["eval_loss", "loss"]]
+    assert steps(found) == [6, 12, 18]
+    assert [one.epoch for one in found] == [0, 1, 2]
+    assert [sorted(one.metrics) for one in found] == [["eval_loss", "loss"]] * 3
     assert all(set(one.files) == {"model", "optimizer", "scheduler", "rng_state"} for one in found)
     state = found[-1].values["trainer_state"]
     evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
@@ -106,18 +106,19 @@ def test_trainers_folders_that_are_damaged(huggingface: tuple[Path, Any], tmp_pa
     """A state that can't be read leaves the step to the name, and no parent's; what lacks weights is left out."""
     output = tmp_path / "checkpoint-999"
     shutil.copytree(huggingface[0], output)
-    for step in (4, 8):
+    for step in (6, 18):
         (output / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step":')
-    (output / "checkpoint-8").rename(output / "good")
-    (output / "checkpoint-12" / "model.safetensors").unlink()
-    (output / "checkpoint-16").rename(output / "checkpoint-7")
+    (output / "checkpoint-12").rename(output / "checkpoint-7")
+    shutil.copytree(output / "checkpoint-18", output / "good")
+    shutil.copytree(output / "checkpoint-6", output / "checkpoint-9")
+    (output / "checkpoint-9" / "model.safetensors").unlink()
 
     found = find(output)
 
-    assert steps(found) == [4, 16, 18]
+    assert steps(found) == [6, 12, 18]
     assert found[0].metrics == {}
     assert "no valid JSON" in found[0].left_out["trainer_state.json"]
-    assert "holds no weights" in found[-1].left_out["checkpoint-12"]
+    assert "holds no weights" in found[-1].left_out["checkpoint-9"]
     assert "--step" in found[-1].left_out["good"]
     (good,) = find(output / "good")
     assert good.step is None
@@ -130,7 +131,7 @@ def test_weights_that_are_newer_than_all_checkpoints(huggingface: tuple[Path, An
 
     found = find(output)
 
-    assert [(one.path.name, one.step) for one in found[-2:]] == [("checkpoint-16", 16), ("run", 18)]
+    assert [(one.path.name, one.step) for one in found[-2:]] == [("checkpoint-12", 12), ("run", 18)]
     assert "optimizer" not in found[-1].files
 
 
@@ -152,8 +153,7 @@ def test_a_sharded_model(huggingface: tuple[Path, Any], tmp_path: Path) -> None:
 def test_from_trainer(huggingface: tuple[Path, Any], store: cs.Store) -> None:
     made = imported(huggingface[0], store)
 
-    assert [c.step for c in made] == [4, 8, 12, 16, 18]
-    assert [c.epoch for c in made] == [0, 0, 1, 1, 2]
+    assert [(c.step, c.epoch) for c in made] == [(6, 0), (12, 1), (18, 2)]
     for found, checkpoint in zip(find(huggingface[0]), made, strict=True):
         check(store, checkpoint, found.files)
         assert checkpoint.metrics == found.metrics
@@ -407,7 +407,7 @@ def test_from_explicit_steps(huggingface: tuple[Path, Any], tmp_path: Path, stor
 
     made = imported(tmp_path, store)
 
-    assert [c.step for c in made] == [0, 4, 8, 12, 16, 18]
+    assert [c.step for c in made] == [0, 6, 12, 18]
     check(store, made[0], {"model": checkpoints / "checkpoint-0" / "model.safetensors"})
     assert "--step" in find(tmp_path)[-1].left_out["final"]
 
