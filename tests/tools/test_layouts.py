@@ -643,6 +643,19 @@ def test_weights_beside_checkpoints(tmp_path: Path, run: Run) -> None:
     assert "--step" in found.left_out["model.safetensors"]
 
 
+def test_what_else_lies_beside_is_named(tmp_path: Path, run: Run) -> None:
+    state_folder(tmp_path, run, 5)
+    (tmp_path / "ema.pt").write_bytes(b"x")
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    (tmp_path / "epoch=0-step=7.ckpt" / "checkpoint").mkdir(parents=True)
+
+    (found,) = find(tmp_path)
+
+    assert "by itself" in found.left_out["ema.pt"]
+    assert "a pickled object" in found.left_out["training_args.bin"]
+    assert "shards" in found.left_out["epoch=0-step=7.ckpt"]
+
+
 def test_a_folder_called_tmp(tmp_path: Path, run: Run) -> None:
     """What is named by a person isn't unfinished."""
     assert find(weights_folder(tmp_path / "tmp", run))[0].kind == "weights"

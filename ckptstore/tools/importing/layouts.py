@@ -18,7 +18,7 @@ from ckptstore.tools.importing.folder import Folder, by_numbers
 from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.infolder import checkpoint_in
 from ckptstore.tools.importing.noted import count_of
-from ckptstore.tools.importing.parts import NUMBERED, shortened
+from ckptstore.tools.importing.parts import NUMBERED, refused, shortened
 from ckptstore.tools.importing.single import SUFFIXES, found_in_file
 from ckptstore.tools.importing.told import value_at
 from ckptstore.tools.importing.weights import weights_in
@@ -30,6 +30,7 @@ _LOOKED_FOR = (
 _RUN = re.compile(r"(?:version_|run-)\d+", re.ASCII)
 _STEP = re.compile(r"(?:.*[-_.])?step[=_-]?([0-9]{1,15})(?:[-_.].*)?")
 _UNFINISHED = re.compile(r"(?:.*[-_.])?te?mp(?:[-_.].*)?", re.IGNORECASE)
+_SHARDED = "a folder of shards that only the strategy that wrote them can read"
 _NO_STEP = "records no step: import it by itself, and say which with --step"
 
 
@@ -96,10 +97,10 @@ def _of_run(folder: Folder) -> list[Found]:
     found = [one for one in files if not _is_spare(folder, one.path.name, left_out)]
     named = bool(files)
     for name in folder.folders:
-        if name.endswith(lightning.SUFFIX):
+        if any(one.path.name == name for one in files):
             continue
-        one = _inside(folder, name, checkpoint_in)
-        named = named or (one is not None and bool(NUMBERED.fullmatch(name)))
+        one = _SHARDED if name.endswith(lightning.SUFFIX) else _inside(folder, name, checkpoint_in)
+        named = named or one is _SHARDED or (one is not None and bool(NUMBERED.fullmatch(name)))
         _sort_in(one, name, found, left_out)
     if not named:
         return []
@@ -108,6 +109,9 @@ def _of_run(folder: Folder) -> list[Found]:
         raise FormatError(f"no checkpoint in {folder.path} can be imported: {why}", key=str(folder.path))
     found = _in_order(found)
     _itself(folder, found, left_out)
+    known = {one.path.name for one in files} | weights_in(folder).names
+    for name in (name for name in folder.files if name.endswith(SUFFIXES) and name not in known):
+        left_out.setdefault(name, refused(name) or "no checkpoint of this run, by its name: import it by itself")
     return _with(found, folder, left_out)
 
 

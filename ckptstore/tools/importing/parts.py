@@ -94,6 +94,11 @@ def is_known(folder: Folder) -> bool:
     return any(name in WEIGHTS or 0 <= _component(name)[0] < _SURE for name in folder.files)
 
 
+def refused(name: str) -> str | None:
+    """Why a file of a well-known name is never imported; None of any other."""
+    return next((why for pattern, why in _REFUSED if pattern.fullmatch(name)), None)
+
+
 def shortened(left_out: Mapping[str, str], folder: Folder) -> dict[str, str]:
     """As many as a person reads, and the number of the others in ``folder``."""
     if len(left_out) <= _NAMED:
@@ -103,7 +108,7 @@ def shortened(left_out: Mapping[str, str], folder: Folder) -> dict[str, str]:
 
 
 def _file(parts: Parts, folder: Folder, name: str) -> None:
-    why = next((why for pattern, why in _REFUSED if pattern.fullmatch(name)), None)
+    why = refused(name)
     _, component = _component(name)
     if name in _JSON:
         parts.json[_JSON[name]] = name
