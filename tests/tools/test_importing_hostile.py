@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import ckptstore as cs
 from ckptstore.tools.importing import run
 from ckptstore.tools.importing import sandbox as sandboxes
 from ckptstore.tools.importing.sandbox import Reader, Sandbox
+from tests.sandboxes import Shared
 from tests.tools.foreign import Reduced, archive, lying_tensor
 
 REFUSALS = (cs.StateError, cs.FormatError, cs.IntegrityError)
@@ -33,7 +36,7 @@ def store(tmp_path: Path, sandbox: Sandbox) -> cs.Store:
     return cs.open(f"memory://{tmp_path.name}")
 
 
-def refused(path: Path, store: cs.Store, match: str, *kinds: type[Exception], **options: Any) -> None:
+def refused(path: Path, store: cs.Store, match: str | None, *kinds: type[Exception], **options: Any) -> None:
     """No part of ``path`` comes into the store."""
     with pytest.raises(kinds or REFUSALS, match=match):
         cs.import_from(path, store, **options)
@@ -50,20 +53,19 @@ def test_bombs(without_refused: bool, tmp_path: Path, store: cs.Store) -> None:
         "builtins.exec": Reduced(exec, f"open({str(fired)!r}, 'w')"),
         "io.open": Reduced(io.open, str(fired), "w"),
         "subprocess.Popen": Reduced(subprocess.Popen, ["touch", str(fired)]),
-        "builtins.getattr": Reduced(getattr, os, "system") if False else Reduced(getattr, "x", "upper"),
+        "builtins.getattr": Reduced(getattr, "x", "upper"),
     }
     for name, bomb in bombs.items():
         for zipped in (True, False):
-            torch.save(
-                {"w": torch.ones(2), "x": bomb, "step": 1}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped
-            )
-            try:
-                cs.import_from(tmp_path / "a.pt", store, without_refused=without_refused, again=True)
-                assert without_refused
+            state = {"w": torch.ones(2), "x": bomb, "step": 1}
+            torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+            if without_refused and name != "posix.system":
+                cs.import_from(tmp_path / "a.pt", store, without_refused=True, again=True)
                 assert store.load().keys() == {"w", "step"}
-            except cs.StateError as error:
-                assert not without_refused or name == "posix.system"
-                assert name.replace("io.open", "open") in str(error)
+            else:
+                # PyTorch never lets a module like that through, whoever asks for it.
+                with pytest.raises(cs.StateError, match=re.escape(name)):
+                    cs.import_from(tmp_path / "a.pt", store, without_refused=without_refused)
             assert not fired.exists()
     # They are ones that would fire.
     pickle.loads(pickle.dumps(bombs["io.open"])).close()
@@ -79,13 +81,12 @@ def test_no_module_of_others_is_imported_and_no_secret_is_known(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     archive(tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00xcevil_of_the_test\nThing\n)\x81s.")
-    with Sandbox() as own:
+    with closing(Shared()) as own:
         monkeypatch.setattr(run, "Sandbox", lambda: own)
         refused(tmp_path / "a.pt", store, r"evil_of_the_test\.Thing", cs.StateError)
         refused(tmp_path / "a.pt", store, "step", cs.StateError, without_refused=True)
         assert own._process is not None
         environment = Path(f"/proc/{own._process.pid}/environ").read_bytes()
-        own.close()
     assert b"OMP_NUM_THREADS" in environment
     assert b"hunter2" not in environment
     assert not fired.exists()
@@ -147,11 +148,10 @@ def test_files_that_grow(tmp_path: Path, store: cs.Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(store, "save_streamed", None)
     file = tmp_path / "a.pt"
     refused(lying_tensor(file, (1 << 30, 1 << 9), (0, 0)), store, "repeat the same", cs.FormatError)
-    refused(lying_tensor(file, (1 << 40,), (1,)), store, "a.pt|can't be read|memory")
-    refused(lying_tensor(file, (4,), (1,), elements=1 << 40), store, "a.pt|can't be read|memory")
+    refused(lying_tensor(file, (1 << 40,), (1,)), store, "damaged", cs.IntegrityError)
+    refused(lying_tensor(file, (1 << 20,), (1,), elements=1 << 40), store, "damaged", cs.IntegrityError)
     bomb = pickle.dumps({"x": Reduced(bytearray, 1 << 50), "step": 1}, 2)
     refused(archive(file, bomb), store, "memory", cs.FormatError)
-    refused(archive(file, laughs(98)), store, "again and again|work", cs.FormatError) if False else None
     packed = archive(file, pickle.dumps({"x": bytes(1 << 24), "step": 1}, 2), compress=True)
     assert packed.stat().st_size < 1 << 16
     refused(packed, store, "compressed", cs.FormatError)
@@ -337,7 +337,7 @@ def test_a_reader_that_lies(name: str, tmp_path: Path, store: cs.Store, monkeypa
         return NONSENSE[name](opened(self, *args, **options))
 
     monkeypatch.setattr(Reader, "open", lie)
-    refused(tmp_path / "a.pt", store, "")
+    refused(tmp_path / "a.pt", store, None)
     assert lied
 
 
@@ -347,4 +347,4 @@ def test_a_reader_that_talks_nonsense(tmp_path: Path, store: cs.Store, monkeypat
     heads = [(b"B", 12), (b"J", 1 << 40), (b"?", 0), (b"P", 9)]
     for head in heads:
         monkeypatch.setattr(sandboxes.channel, "receive_head", lambda sock, head=head: head)
-        refused(tmp_path / "a.pt", store, "", cs.FormatError, cs.StorageError)
+        refused(tmp_path / "a.pt", store, None, cs.FormatError, cs.StorageError)

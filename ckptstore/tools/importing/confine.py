@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_MIB = 1 << 20
-
 _TRUSTED = {"torch", "numpy", "ckptstore"} | (sys.stdlib_module_names - {"antigravity", "this"})
 """Packages that may still be imported; PyTorch and NumPy import some of their own modules when these are needed."""
 
@@ -40,17 +38,17 @@ def limit(memory_bytes: int, cpu_s: int, files: int) -> None:
         # Without a /proc the system has no such limit either.
         pass
     used = resource.getrusage(resource.RUSAGE_SELF)
-    _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + cpu_s)
+    # The signal of the first of both limits says what has ended the process.
+    _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + cpu_s, spare=5)
     _lower(resource.RLIMIT_FSIZE, 0)
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_NOFILE, 64 + files)
 
 
-def _lower(which: int, value: int) -> None:
+def _lower(which: int, value: int, spare: int = 0) -> None:
     hard = resource.getrlimit(which)[1]
-    if hard != resource.RLIM_INFINITY:
-        value = min(value, hard)
-    resource.setrlimit(which, (value, value))
+    most = value + spare if hard == resource.RLIM_INFINITY else min(value + spare, hard)
+    resource.setrlimit(which, (min(value, most), most))
 
 
 def lock() -> None:

@@ -142,7 +142,7 @@ class Opened:
         state: dict[str, torch.Tensor] = {}
         fills: dict[int, Fill] = {}
         for path in paths:
-            file = self._stack.enter_context(SafetensorsFile(path, open_file(str(path))))
+            file = SafetensorsFile(path, self._stack.enter_context(open_file(str(path))))
             for name, entry in file.entries.items():
                 if name in state:
                     raise FormatError(f"{path} has {name!r:.100}, which another part has, too", key=str(path))

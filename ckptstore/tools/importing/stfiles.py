@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from ckptstore.errors import FormatError, IntegrityError, StateError
 from ckptstore.format.tensorfile import HEADER_LIMIT
@@ -69,12 +69,6 @@ class SafetensorsFile:
             )
         if end < size:
             raise FormatError(f"{path} has {size - end} bytes that belong to no tensor", key=str(path))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        self._file.close()
 
     def read(self, entry: Entry, offset: int, out: memoryview) -> None:
         """Fill ``out`` with bytes of a tensor; any thread.

@@ -8,6 +8,7 @@ import pickletools
 import stat
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -103,18 +104,18 @@ def load(source: Any, file: IO[bytes], name: str, *, stand_in: bool, mmap: bool 
 def _explained(file: IO[bytes], name: str, error: Exception) -> Exception:
     """What to raise for an error of ``torch.load``."""
     refused = refused_globals(file)
-    text = str(error).partition("Please file an issue")[0].strip()
     if refused:
-        named = ", ".join(refused)
+        named = ", ".join(map(_current, refused))
         return StateError(
             f"{name} can't be read without running pickled code: it needs {named}. What holds such an object is left "
             "out with without_refused=True (--without-refused for the command)",
             path=name,
         )
     if type(error).__name__ == "UnpicklingError":
-        cause = text.rpartition("WeightsUnpickler error: ")[2]
+        # Without the advice that PyTorch puts around it.
+        cause = f"{error.__context__ or error}".strip()
         return StateError(f"{name} can't be read without running pickled code: {cause:.300}", path=name)
-    return IntegrityError(f"{name} is damaged: {type(error).__name__}: {text:.300}", key=name)
+    return IntegrityError(f"{name} is damaged: {type(error).__name__}: {error!s:.300}", key=name)
 
 
 # -- archives ----------------------------------------------------------------------------------------------------
@@ -193,7 +194,10 @@ def _pickle_of(file: IO[bytes]) -> bytes:
     return file.read(end - begin)
 
 
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
+def _current(name: str) -> str:
+    """A name as Python 3 has it: pickles have those of Python 2."""
+    module, _, rest = name.rpartition(".")
+    return f"{IMPORT_MAPPING.get(module, module)}.{rest}"
 
 
 def _globals(data: bytes) -> set[tuple[str, str]]:
@@ -203,7 +207,7 @@ def _globals(data: bytes) -> set[tuple[str, str]]:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
-            found.add((_RENAMED.get(module, module), name))
+            found.add((module, name))
         elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
             found.add((texts[-2], texts[-1]))
         elif isinstance(argument, str) and "UNICODE" in opcode.name:
