@@ -17,8 +17,9 @@ from ckptstore.state.values import VALUE_ENCODERS
 from ckptstore.tools.importing import standins
 
 _LEAVES = frozenset((type(None), bool, int, float, str, *VALUE_ENCODERS))
-_MAX_VALUES = 20_000_000
-"""A short pickle can name one list a million times in another, and so on."""
+_MAX_VALUES = 5_000_000
+"""Besides those in lists of numbers and texts. A short pickle can name one list a million times, and so on."""
+_MAX_PLAIN = 100_000_000
 
 
 class _RefusedError(Exception):
@@ -34,7 +35,7 @@ class Plainer:
 
     def __init__(self) -> None:
         self.left_out: dict[str, str] = {}
-        self._values = 0
+        self._values = self._plain = 0
 
     def walk(self, value: Any, path: str) -> Any:
         """``value`` as plain data.
@@ -50,8 +51,7 @@ class Plainer:
 
     def _walk(self, value: Any, path: str, depth: int) -> Any:
         self._values += 1
-        if self._values > _MAX_VALUES:
-            raise FormatError(f"it has more than {_MAX_VALUES} values: it names the same ones again and again")
+        self._check()
         cls = type(value)
         if cls in _LEAVES:
             return value
@@ -74,12 +74,18 @@ class Plainer:
         make: Any = _made_of(value) or type(value)
         return make(kept)
 
-    def _list(self, value: list[Any], path: str, depth: int) -> Any:
-        make = _made_of(value) or list
+    def _list(self, value: Any, path: str, depth: int) -> Any:
+        make: Any = _made_of(value) or type(value)
+        if _LEAVES.issuperset(map(type, value)):
+            # Long lists of numbers need no walk.
+            self._plain += len(value)
+            self._check()
+            return make(value)
         return make([self._walk(item, join(path, index), depth) for index, item in enumerate(value)])
 
-    def _tuple(self, value: Any, path: str, depth: int) -> Any:
-        return type(value)(self._walk(item, join(path, index), depth) for index, item in enumerate(value))
+    def _check(self) -> None:
+        if self._values > _MAX_VALUES or self._plain > _MAX_PLAIN:
+            raise FormatError("it has more values than any state: it names the same ones again and again")
 
     def _namespace(self, value: SimpleNamespace, path: str, depth: int) -> Any:
         return SimpleNamespace(**{str(k): v for k, v in self._dict(dict(vars(value)), path, depth).items()})
@@ -123,8 +129,8 @@ _CONTAINERS: dict[type, Callable[[Plainer, Any, str, int], Any]] = {
     OrderedDict: Plainer._dict,
     Counter: Plainer._dict,
     list: Plainer._list,
-    tuple: Plainer._tuple,
-    set: Plainer._tuple,
-    frozenset: Plainer._tuple,
+    tuple: Plainer._list,
+    set: Plainer._list,
+    frozenset: Plainer._list,
     SimpleNamespace: Plainer._namespace,
 }

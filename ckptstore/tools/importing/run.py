@@ -265,8 +265,9 @@ class _Importer:
 def _reason(found: Found) -> str:
     """Why it is in the store, which tells a second time from the first."""
     saved = f", saved {found.created.isoformat(timespec='seconds')}" if found.created is not None else ""
-    # Of a long path the end tells more.
-    return f"imported from {os.path.realpath(found.path)[-_REASON_LENGTH:]}{saved}"
+    # Of a long path the end tells more. A name may be of any bytes; a reason is text.
+    name = os.fsencode(os.path.realpath(found.path)).decode(errors="replace")[-_REASON_LENGTH:]
+    return f"imported from {name}{saved}"
 
 
 class _Meter:

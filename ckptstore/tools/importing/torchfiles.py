@@ -114,6 +114,8 @@ def _explained(file: IO[bytes], name: str, error: Exception) -> Exception:
     if type(error).__name__ == "UnpicklingError":
         # Without the advice that PyTorch puts around it.
         cause = f"{error.__context__ or error}".strip()
+        if "Unsupported operand" in cause:
+            cause += ", which pickles of torch.save's own protocol 2 don't have: save it anew with torch.save"
         return StateError(f"{name} can't be read without running pickled code: {cause:.300}", path=name)
     return IntegrityError(f"{name} is damaged: {type(error).__name__}: {error!s:.300}", key=name)
 
