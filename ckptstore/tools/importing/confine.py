@@ -43,6 +43,8 @@ def limit(memory_bytes: int, cpu_s: int, files: int) -> None:
     _lower(resource.RLIMIT_FSIZE, 0)
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_NOFILE, 64 + files)
+    # Neither processes nor threads.
+    _lower(resource.RLIMIT_NPROC, 0)
 
 
 def _lower(which: int, value: int, spare: int = 0) -> None:

@@ -85,6 +85,9 @@ class Sandbox:
 
     def end(self, pid: int) -> int:
         """How a reader ended, as ``os.waitpid`` tells it; one that runs is killed."""
+        if self._control is None:
+            # It has seen its socket close, and nobody knows whose number that is by now.
+            return 0
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         return self._ask(b"W" + pid.to_bytes(8, "little"), [])
@@ -98,7 +101,12 @@ class Sandbox:
                 channel.receive_into(control, memoryview(answer))
                 return int.from_bytes(answer, "little")
             except (OSError, channel.GoneError) as error:
-                raise errors.StorageError(f"the process that reads foreign files has ended: {error}") from error
+                self.close()
+                raise errors.StorageError("the process that reads foreign files has ended") from error
+            except BaseException:
+                # An answer that nobody takes would be taken for the next one.
+                self.close()
+                raise
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
