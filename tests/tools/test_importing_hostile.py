@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import signal
 import struct
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +28,7 @@ from ckptstore.tools.importing import run
 from ckptstore.tools.importing import sandbox as sandboxes
 from ckptstore.tools.importing.sandbox import Reader, Sandbox
 from tests.sandboxes import Shared
-from tests.tools.foreign import Reduced, archive, lying_tensor
+from tests.tools.foreign import Reduced, archive, lying_tensor, values
 
 REFUSALS = (cs.StateError, cs.FormatError, cs.IntegrityError)
 
@@ -86,7 +88,9 @@ def test_no_module_of_others_is_imported_and_no_secret_is_known(
         refused(tmp_path / "a.pt", store, r"evil_of_the_test\.Thing", cs.StateError)
         refused(tmp_path / "a.pt", store, "step", cs.StateError, without_refused=True)
         assert own._process is not None
-        environment = Path(f"/proc/{own._process.pid}/environ").read_bytes()
+        process = Path(f"/proc/{own._process.pid}")
+        environment = (process / "environ").read_bytes()
+    assert not process.exists()
     assert b"OMP_NUM_THREADS" in environment
     assert b"hunter2" not in environment
     assert not fired.exists()
@@ -194,6 +198,35 @@ def test_torn_files(tmp_path: Path, store: cs.Store) -> None:
     for cut in (15, 60, 300, len(old) - 2000, len(old) - 1):
         file.write_bytes(old[:cut])
         refused(file, store, "a.pt")
+
+
+def test_pickles_of_any_bytes(tmp_path: Path, store: cs.Store, full: bool) -> None:
+    """Changed at random, behind right checksums or without any: imported or refused, and never anything else."""
+    state = {"tensors": {"w": torch.ones(3), "b": torch.ones(3, dtype=torch.bfloat16)}, "values": values(), "step": 1}
+    torch.save(state, tmp_path / "whole.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        pickled = whole.read("whole/data.pkl")
+        records = [whole.read(name) for name in whole.namelist() if "/data/" in name]
+    old, draw = (tmp_path / "old.pt").read_bytes(), random.Random(None if full else 1)
+    ends: Counter[str] = Counter()
+    for number in range(500 if full else 24):
+        data = bytearray(pickled if number % 2 else old)
+        for _ in range(draw.choice((1, 1, 3))):
+            at = draw.randrange(min(len(data), len(pickled)))
+            data[at : at + draw.choice((0, 1, 1, 4))] = draw.randbytes(draw.choice((0, 1, 1, 3)))
+        file = tmp_path / "a.pt"
+        if number % 2:
+            archive(file, bytes(data), *records)
+        else:
+            file.write_bytes(data)
+        try:
+            cs.import_from(file, store, step=1, again=True, without_refused=number % 3 == 0)
+            store.load()
+            ends["imported"] += 1
+        except REFUSALS as error:
+            ends[type(error).__name__] += 1
+    assert len(ends) > 2, ends
 
 
 def test_files_of_other_kinds(tmp_path: Path, store: cs.Store) -> None:
