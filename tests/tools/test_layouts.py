@@ -120,6 +120,19 @@ def test_tiers_an_emergency_under_a_rolling_name(tmp_path: Path, run: Run) -> No
     assert steps(read(tmp_path)) == [40, 50]
 
 
+def test_tiers_of_one_step_that_differ(tmp_path: Path, run: Run) -> None:
+    """After a roll-back by hand the same step was trained again: nothing of both is lost."""
+    tiers = Tiers(tmp_path)
+    tiers.save(run.train(), 50, timestamp=1.5)
+    kept = tmp_path.rename(tmp_path.with_name("kept"))
+    tiers.folder = tmp_path
+    tmp_path.mkdir()
+    tiers.save(run.train(), 50, timestamp=1.5)
+    (kept / "latest.pt").rename(tmp_path / "best_model.pt")
+
+    assert sorted(names(read(tmp_path))) == ["best_model.pt", "rolling_step_000050.pt"]
+
+
 def test_tiers_that_are_left(tmp_path: Path, run: Run) -> None:
     """Where the rolling files are gone, the others are checkpoints by themselves; what is empty or unfinished isn't."""
     tiers = Tiers(tmp_path)
@@ -524,6 +537,13 @@ def test_several_runs_are_not_mixed(tmp_path: Path, run: Run) -> None:
     (tmp_path / "lightning_logs" / "version_2" / "checkpoints").mkdir(parents=True)
 
     with pytest.raises(FormatError, match=r"holds several runs: import one of .*version_0/checkpoints, .*version_1"):
+        find(tmp_path)
+
+
+def test_a_run_within(tmp_path: Path, run: Run) -> None:
+    """Which it is one has to say."""
+    legacy_folder(tmp_path / "output", run, 100)
+    with pytest.raises(NotFoundError, match="output: a run of its own"):
         find(tmp_path)
 
 

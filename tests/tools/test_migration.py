@@ -337,6 +337,21 @@ def test_lightnings_last_that_is_newer(lightning: Path, tmp_path: Path) -> None:
     assert [(one.path.name, one.step) for one in read(tmp_path)] == [("epoch=0-step=8.ckpt", 8), ("last.ckpt", 16)]
 
 
+def test_two_runs_of_lightning_in_one_folder(lightning: Path, tmp_path: Path) -> None:
+    """Files of one step are one save only if the weights are the same."""
+    for name in ("epoch=0-step=8.ckpt", "epoch=0-step=8-v1.ckpt", "best.ckpt"):
+        shutil.copy(next(lightning.rglob("epoch=0-step=8.ckpt")), tmp_path / name)
+    other = loaded(tmp_path / "epoch=0-step=8-v1.ckpt")
+    other["state_dict"]["net.0.weight"][0, 0] += 1
+    torch.save(other, tmp_path / "epoch=0-step=8-v1.ckpt")
+
+    found = read(tmp_path)
+
+    assert names(found) == ["best.ckpt", "epoch=0-step=8-v1.ckpt"]
+    assert found[0].left_out["epoch=0-step=8.ckpt"] == "holds the same as best.ckpt"
+    assert found[0].metrics["val_loss"] > 0
+
+
 def test_from_lightning(lightning: Path, store: cs.Store) -> None:
     made = imported(lightning, store)
 

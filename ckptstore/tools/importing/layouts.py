@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptstore.errors import CheckpointError, FormatError, NotFoundError
+from ckptstore.errors import CheckpointError, FormatError, NotFoundError, StorageError
 from ckptstore.tools.importing import lightning, older
 from ckptstore.tools.importing.folder import Folder, by_numbers
 from ckptstore.tools.importing.found import Found
@@ -65,11 +65,12 @@ def _file(path: Path) -> Found:
     """The checkpoint that a file is, with what the names around it tell."""
     if not path.exists():
         raise NotFoundError(f"there is nothing at {path}", key=str(path))
-    around = Folder.at(path.parent)
-    for found in _files_of_programs(around):
-        if found.path.name == path.name:
-            return found
-    return found_in_file(path)
+    try:
+        around = _files_of_programs(Folder.at(path.parent))
+    except StorageError:
+        # Who may read a file may not always look at what is beside it.
+        around = []
+    return next((found for found in around if found.path.name == path.name), None) or found_in_file(path)
 
 
 def _places(folder: Folder) -> Iterable[Folder]:
@@ -182,13 +183,16 @@ def _of_any_name(folder: Folder) -> list[Found]:
     found: list[Found] = []
     left_out: dict[str, str] = {}
     for name in folder.folders:
-        if _inside(folder, name, _of_run):
+        if _inside(folder, name, lambda inside: any(map(_of_run, _places(inside)))):
             left_out[name] = "a run of its own: import it by itself"
         else:
             _sort_in(_inside(folder, name, checkpoint_in), name, found, left_out)
     for name in (name for name in folder.files if name.endswith(SUFFIXES)):
         if not _is_spare(folder, name, left_out):
             found.append(found_in_file(folder.path / name))
+    if left_out and not found:
+        why = "; ".join(f"{name}: {why}" for name, why in list(left_out.items())[:3])
+        raise NotFoundError(f"no checkpoint at {folder.path} can be imported: {why}", key=str(folder.path))
     return _with(_in_order(found), folder, left_out) if found else []
 
 

@@ -15,6 +15,8 @@ from ckptstore.tools.importing.found import Found
 from ckptstore.tools.importing.noted import count_of, metrics_of, time_of
 
 METRIC = "metric:"
+_MARKS = 256
+"""So many tensors are compared where two files may be of one save."""
 _STEP_NAMES = ("step", "global_step", "iteration", "iter_num", "iter", "steps")
 _METRIC_NAMES = ("loss", "train_loss", "val_loss", "best_val_loss", "accuracy", "val_accuracy")
 
@@ -86,15 +88,17 @@ def _one(group: list[tuple[Found, Told]]) -> tuple[Found, Told]:
     (found, says), *others = group
     same = {other.path.name: f"holds the same as {found.path.name}" for other, _ in others}
     reasons = dict.fromkeys(reason for each, _ in group for reason in each.reasons)
+    metrics: dict[str, float] = {}
     epochs = [epoch for pair in group for epoch in (pair[0].epoch, pair[1].epoch) if epoch is not None]
     left_out: dict[str, str] = {}
-    for each, _ in reversed(group):
+    for each, its in reversed(group):
         left_out |= each.left_out
+        metrics |= {**each.metrics, **its.metrics}
     return replace(
         found,
         step=found.step if says.step is None else says.step,
         epoch=max(epochs, default=None),
-        metrics={**found.metrics, **says.metrics},
+        metrics=metrics,
         created=found.created or says.created,
         facts_in={},
         left_out=left_out | same,
@@ -126,14 +130,17 @@ def _plainly(found: Found, state: Mapping[Any, Any]) -> Told:
 
 
 def _accelerate(found: Found, state: Mapping[Any, Any]) -> Told:
-    """Optimizer steps are what Adam and its like count for each parameter; one that came later counts fewer."""
+    """Steps are what Adam and its like count for each parameter; one that takes part since later counts fewer."""
     says = _plainly(found, state)
     if found.step is not None:
         return says
-    per_parameter = value_at(state, "optimizer/state")
-    states = per_parameter.values() if isinstance(per_parameter, Mapping) else ()
-    counts = [_count(one.get("step")) for one in states if isinstance(one, Mapping)]
-    return replace(says, step=max((count for count in counts if count is not None), default=None))
+    for name in sorted(name for name in state if isinstance(name, str) and name.startswith("optimizer")):
+        per_parameter = value_at(state, f"{name}/state")
+        states = per_parameter.values() if isinstance(per_parameter, Mapping) else ()
+        counts = [_count(one.get("step")) for one in states if isinstance(one, Mapping)]
+        if known := [count for count in counts if count is not None]:
+            return replace(says, step=max(known))
+    return replace(says, step=None)
 
 
 def _tiers(found: Found, state: Mapping[Any, Any]) -> Told:
@@ -146,7 +153,7 @@ def _tiers(found: Found, state: Mapping[Any, Any]) -> Told:
         says,
         step=max(recorded - 1, 0) if interrupted else recorded,
         metrics={} if interrupted else says.metrics,
-        save=(recorded, number_of(value_at(state, "timestamp"))),
+        save=(recorded, number_of(value_at(state, "timestamp")), _marks(state, "model", "optimizer")),
         # What is named for its step stays longest in mind; latest.pt and best_model.pt are roles.
         spare=0 if found.step is not None else 1,
     )
@@ -166,11 +173,35 @@ def _lightning(found: Found, state: Mapping[Any, Any]) -> Told:
     return replace(
         says,
         metrics=metrics_of(_scores(callbacks, found.path.name)),
-        # Only last.ckpt repeats another one; two callbacks' files of one step are two positions in it.
-        save=(says.step, *position),
+        # Another run into the same folder saves other weights at the same step.
+        save=(says.step, *position, _marks(state, "state_dict", "optimizer_states")),
         position=position,
         spare=int(last),
     )
+
+
+def _marks(state: Mapping[Any, Any], *names: str) -> tuple[str, ...]:
+    """Three elements of each tensor: two states of a training differ in some of them."""
+    marks: list[str] = []
+    left = [state[name] for name in reversed(names) if name in state]
+    while left and len(marks) < _MARKS:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+        elif getattr(value, "ndim", None) is not None:
+            marks.append(_mark(value))
+    return tuple(marks)
+
+
+def _mark(tensor: Any) -> str:
+    try:
+        places = ((0,) * tensor.ndim, tuple(size // 2 for size in tensor.shape), (-1,) * tensor.ndim)
+        return f"{tuple(tensor.shape)} {[tensor[place].item() for place in places]}"
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        # An empty one has no elements, and what stands for a tensor may have none.
+        return ""
 
 
 def _scores(callbacks: Any, name: str) -> dict[str, Any]:
