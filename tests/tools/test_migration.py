@@ -334,7 +334,9 @@ def test_lightnings_last_that_is_newer(lightning: Path, tmp_path: Path) -> None:
     for name in ("last.ckpt", "epoch=0-step=8.ckpt"):
         shutil.copy(next(lightning.rglob(name)), tmp_path)
 
-    assert [(one.path.name, one.step) for one in read(tmp_path)] == [("epoch=0-step=8.ckpt", 8), ("last.ckpt", 16)]
+    found = read(tmp_path)
+    assert [(one.path.name, one.step) for one in found] == [("epoch=0-step=8.ckpt", 8), ("last.ckpt", 16)]
+    assert found[1].metrics == read(lightning)[-1].metrics
 
 
 def test_two_runs_of_lightning_in_one_folder(lightning: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -172,7 +173,7 @@ def _lightning(found: Found, state: Mapping[Any, Any]) -> Told:
     callbacks = value_at(state, "callbacks") or value_at(state, "meta/callbacks")
     return replace(
         says,
-        metrics=metrics_of(_scores(callbacks, found.path.name)),
+        metrics=metrics_of(_scores(callbacks, found.path.name, says.step)),
         # Another run into the same folder saves other weights at the same step.
         save=(says.step, *position, _marks(state, "state_dict", "optimizer_states")),
         position=position,
@@ -204,7 +205,12 @@ def _mark(tensor: Any) -> str:
         return ""
 
 
-def _scores(callbacks: Any, name: str) -> dict[str, Any]:
+def _scores(callbacks: Any, name: str, step: int | None) -> dict[str, Any]:
+    """Metric → what it was at this save: the score of the file itself, or of one that was named for the same step.
+
+    The newest score, which is there, too, may be that of an earlier save.
+    """
+    same = re.compile(rf"(?:.*-)?step={step}(?:[-.].*)?", re.DOTALL)
     found: dict[str, Any] = {}
     for callback in callbacks.values() if isinstance(callbacks, Mapping) else ():
         monitor = callback.get("monitor") if isinstance(callback, Mapping) else None
@@ -212,7 +218,8 @@ def _scores(callbacks: Any, name: str) -> dict[str, Any]:
             continue
         scores = callback.get("best_k_models")
         for path, score in scores.items() if isinstance(scores, Mapping) else ():
-            if isinstance(path, str) and path.rsplit("/", 1)[-1] == name:
+            saved = path.rsplit("/", 1)[-1] if isinstance(path, str) else ""
+            if saved == name or same.fullmatch(saved):
                 found[monitor] = number_of(score)
     return found
 
