@@ -61,7 +61,8 @@ def import_(
     torch.distributed.checkpoint, or a run of the Hugging Face Trainer, of Accelerate or of a program that saves
     checkpoint-N folders. Steps, epochs and metrics that are recorded there are kept, and the newest becomes the latest.
     Nothing in SOURCE runs: pickles are read as data only, in a process of their own that may do nothing but read. What
-    is imported already isn't imported twice. SOURCE is never changed.
+    is imported already isn't imported twice. SOURCE is never changed. It takes over the store as any save does: stop a
+    run that still saves at URL first.
 
     \b
       ckptstore import checkpoints/latest.pt runs/gpt2

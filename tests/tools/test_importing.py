@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -157,6 +158,19 @@ def test_pieces_of_many_ranks(tmp_path: Path, store: cs.Store) -> None:
     cuts = [(slice(a, b), slice(c, d)) for a, b in ((0, 11), (11, 30)) for c, d in ((0, 7), (7, 20), (20, 40))]
     loaded = imported(boxes(tmp_path / "dcp", whole, *cuts), store, step=5)
     assert same(loaded, {"model": {"w": whole}})
+
+
+def test_a_folder_of_dcp(tmp_path: Path, store: cs.Store) -> None:
+    """Its step may be a tensor; what needs code is left out on request."""
+    state = {"model": {"w": torch.ones(3)}, "step": torch.tensor(12), "config": Foreign()}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    with pytest.raises(cs.StateError, match=r"'config'.*Foreign.*--without-refused"):
+        cs.import_from(tmp_path / "dcp", store)
+    report = cs.import_from(tmp_path / "dcp", store, without_refused=True)
+    assert list(report.items[0].left_out) == ["config"]
+    assert store.checkpoints()[0].step == 12
+    assert same(store.load(), {"model": {"w": torch.ones(3)}, "step": torch.tensor(12)})
 
 
 def test_many_in_a_folder(tmp_path: Path, store: cs.Store) -> None:

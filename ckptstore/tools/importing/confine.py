@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ckptstore.tools.importing.landlock import restrict
+
 _TRUSTED = {"torch", "numpy", "ckptstore"} | (sys.stdlib_module_names - {"antigravity", "this"})
 """Packages that may still be imported; PyTorch and NumPy import some of their own modules when these are needed."""
 
@@ -53,9 +55,15 @@ def _lower(which: int, value: int, spare: int = 0) -> None:
     resource.setrlimit(which, (min(value, most), most))
 
 
-def lock() -> None:
-    """From now on no sockets, processes, foreign libraries, changes of files, or modules of others; for good."""
+def lock() -> int:
+    """From now on no sockets, processes, foreign libraries, changes of files, or modules of others; for good.
+
+    Returns:
+        The version of the kernel's Landlock, which refuses these, too; 0 for none.
+    """
+    by_kernel = restrict()
     sys.addaudithook(_watch)
+    return by_kernel
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:

@@ -63,6 +63,14 @@ class DcpFolder:
         self.tensors: dict[int, ChunkedTensor] = {}
         """id of what stands for a tensor in the state → what reads it."""
         self.left_out: dict[str, str] = {}
+        self.kept: dict[tuple[str, int], np.ndarray] = {}
+        """Pieces in memory, the newest last."""
+
+    def keep(self, which: tuple[str, int], piece: np.ndarray) -> None:
+        """Remember a piece that doesn't lie in its file as it is, and forget an older one."""
+        if len(self.kept) == _KEPT:
+            del self.kept[next(iter(self.kept))]
+        self.kept[which] = piece
 
     def state(self) -> Any:
         """The nested state; a tensor in it has one element of memory, and stands for what ``tensors`` reads.
@@ -164,16 +172,17 @@ class ChunkedTensor:
 
     def __init__(self, folder: DcpFolder, key: str, entry: TensorEntry) -> None:
         self._folder, self._key, self._entry = folder, key, entry
-        self._pieces: dict[int, np.ndarray] = {}
+        self._mapped: dict[int, np.ndarray] = {}
 
-    def check(self) -> None:
-        """Read every piece once.
+    def check(self) -> Iterator[int]:
+        """Read every piece once; the bytes of each.
 
         Raises:
             FormatError, IntegrityError: one is another than the metadata say, or damaged.
         """
-        for number in range(len(self._entry.chunks)):
+        for number, (_, place) in enumerate(self._entry.chunks):
             self._piece(number)
+            yield place.length
 
     def read(self, offset: int, length: int) -> memoryview:
         """Some bytes of the tensor."""
@@ -188,14 +197,15 @@ class ChunkedTensor:
         return out.data
 
     def _piece(self, number: int) -> np.ndarray:
-        found = self._pieces.get(number)
+        found = self._mapped.get(number)
+        if found is None:
+            found = self._folder.kept.get((self._key, number))
         if found is None:
             found = self._folder.piece(self._key, self._entry, self._entry.chunks[number])
-            if found.base is None or not _is_mapped(found):
-                owned = [n for n, piece in self._pieces.items() if not _is_mapped(piece)]
-                for old in owned[: len(owned) - _KEPT + 1]:
-                    del self._pieces[old]
-            self._pieces[number] = found
+            if _is_mapped(found):
+                self._mapped[number] = found
+            else:
+                self._folder.keep((self._key, number), found)
         return found
 
 

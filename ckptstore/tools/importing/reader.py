@@ -85,8 +85,11 @@ def _opened(job: dict[str, Any], pulse: Callable[[int], None]) -> tuple[Any, lis
     encoder.finish()
     _check_growth(encoder.sources, job["size"])
     if job["check"]:
+        done = 0
         for tensor in chunked.values():
-            tensor.check()
+            for length in tensor.check():
+                done += length
+                pulse(done)
     root = state.pop("", {})
     answer = {
         "nodes": nodes,
