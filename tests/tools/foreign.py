@@ -105,6 +105,14 @@ class Foreign:
         self.x = 1
 
 
+class Items(list[int]):
+    """A list of a class of somebody's own."""
+
+
+class Names(dict[str, int]):
+    """A dict of a class of somebody's own."""
+
+
 def archive(path: Path, data: bytes, *records: bytes, compress: bool = False) -> Path:
     """An archive as ``torch.save`` writes it, of this pickle and these storages."""
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import ckptstore as cs
-from tests.tools.foreign import Foreign, Reduced, same, tensors, values
+from tests.tools.foreign import Foreign, Items, Names, Reduced, same, tensors, values
 
 pytestmark = pytest.mark.usefixtures("sandbox")
 
@@ -53,7 +53,8 @@ def test_a_file_of_torch_save(zipped: bool, tmp_path: Path, store: cs.Store) -> 
     loaded = imported(tmp_path / "a.pt", store)
     assert same(loaded, state)
     assert loaded["values"]["same"][0] is loaded["values"]["same"][1]
-    (checkpoint,) = store.checkpoints()
+    assert same(imported(tmp_path / "a.pt", store, without_refused=True, again=True), state)
+    checkpoint, _ = store.checkpoints()
     assert (checkpoint.step, list(checkpoint.reasons)) == (12, [f"imported from {tmp_path / 'a.pt'}"])
 
 
@@ -219,9 +220,12 @@ def test_what_was_refused_can_be_left_out(tmp_path: Path, store: cs.Store) -> No
         "deep": {"list": [1, Foreign()], "kept": 1, "class": Foreign},
         "called": Reduced(print, 1),
         "sparse": torch.eye(3).to_sparse(),
+        "names": Names(a=1),
     }
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(cs.StateError, match=r"builtins\.print, tests\.tools\.foreign\.Foreign\..*--without-refused"):
+    with pytest.raises(
+        cs.StateError, match=r"builtins\.print, tests\.tools\.foreign\.Foreign, tests\.tools.*--without-refused"
+    ):
         cs.import_from(tmp_path / "a.pt", store)
     report = cs.import_from(tmp_path / "a.pt", store, without_refused=True)
     assert same(store.load(), {"w": torch.ones(2), "step": 4, "deep": {"kept": 1}})
@@ -231,7 +235,12 @@ def test_what_was_refused_can_be_left_out(tmp_path: Path, store: cs.Store) -> No
         "deep/class": "tests.tools.foreign.Foreign",
         "called": "builtins.print",
         "sparse": "(torch.sparse_coo)",
+        "names": "tests.tools.foreign.Names",
     }
+    # PyTorch's reader puts items into no list but its own.
+    torch.save({"items": Items([1, 2]), "step": 5}, tmp_path / "a.pt")
+    with pytest.raises(cs.StateError, match=r"without its objects of tests\.tools\.foreign\.Items"):
+        cs.import_from(tmp_path / "a.pt", store, without_refused=True)
 
 
 def test_what_is_given_counts(tmp_path: Path, store: cs.Store) -> None:

@@ -21,6 +21,9 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch has written before 1.6."""
 
+_REFUSAL = "UnpicklingError"
+"""What PyTorch raises for what it doesn't take; the class is of a module that is imported nowhere here."""
+
 _PIECE = 8 << 20
 _MAX_RECORDS = 4_000_000
 _MAX_PICKLE = 1 << 30
@@ -85,10 +88,9 @@ def load(source: Any, file: IO[bytes], name: str, *, stand_in: bool, mmap: bool 
     Raises:
         StateError, IntegrityError: as ``load_file``.
     """
-    if stand_in:
-        refused = refused_globals(file)
-        torch.serialization.add_safe_globals([standins.stand_in(name) for name in refused])
-        file.seek(0)
+    refused = refused_globals(file) if stand_in else []
+    torch.serialization.add_safe_globals([standins.stand_in(name) for name in refused])
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -98,6 +100,10 @@ def load(source: Any, file: IO[bytes], name: str, *, stand_in: bool, mmap: bool 
     except Exception as error:
         if "allocate memory" in str(error):
             raise MemoryError from error
+        if refused and type(error).__name__ in (_REFUSAL, "TypeError", "AttributeError"):
+            cause = f"{error.__context__ or error}".strip()
+            named = ", ".join(map(_current, refused))
+            raise StateError(f"{name} can't be read without its objects of {named}: {cause:.300}", path=name) from error
         raise _explained(file, name, error) from error
 
 
@@ -111,7 +117,7 @@ def _explained(file: IO[bytes], name: str, error: Exception) -> Exception:
             "out with without_refused=True (--without-refused for the command)",
             path=name,
         )
-    if type(error).__name__ == "UnpicklingError":
+    if type(error).__name__ == _REFUSAL:
         # Without the advice that PyTorch puts around it.
         cause = f"{error.__context__ or error}".strip()
         if "Unsupported operand" in cause:
