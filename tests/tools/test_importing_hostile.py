@@ -58,18 +58,18 @@ def test_bombs(without_refused: bool, tmp_path: Path, store: cs.Store) -> None:
         "subprocess.Popen": Reduced(subprocess.Popen, ["touch", str(fired)]),
         "builtins.getattr": Reduced(getattr, "x", "upper"),
     }
-    for name, bomb in bombs.items():
-        for zipped in (True, False):
-            state = {"w": torch.ones(2), "x": bomb, "step": 1}
-            torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-            if without_refused and name != "posix.system":
-                cs.import_from(tmp_path / "a.pt", store, without_refused=True, again=True)
-                assert store.load().keys() == {"w", "step"}
-            else:
-                # PyTorch never lets a module like that through, whoever asks for it.
-                with pytest.raises(cs.StateError, match=re.escape(name)):
-                    cs.import_from(tmp_path / "a.pt", store, without_refused=without_refused)
-            assert not fired.exists()
+    for number, (name, bomb) in enumerate(bombs.items()):
+        zipped = number % 2 == without_refused
+        state = {"w": torch.ones(2), "x": bomb, "step": 1}
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        if without_refused and name != "posix.system":
+            cs.import_from(tmp_path / "a.pt", store, without_refused=True, again=True)
+            assert store.load().keys() == {"w", "step"}
+        else:
+            # PyTorch never lets a module like that through, whoever asks for it.
+            with pytest.raises(cs.StateError, match=re.escape(name)):
+                cs.import_from(tmp_path / "a.pt", store, without_refused=without_refused)
+        assert not fired.exists()
     # They are ones that would fire.
     pickle.loads(pickle.dumps(bombs["io.open"])).close()
     assert fired.exists()
@@ -232,7 +232,7 @@ def test_pickles_of_any_bytes(tmp_path: Path, store: cs.Store, full: bool) -> No
         records = [whole.read(name) for name in whole.namelist() if "/data/" in name]
     old, draw = (tmp_path / "old.pt").read_bytes(), random.Random(None if full else 1)
     ends: Counter[str] = Counter()
-    for number in range(500 if full else 24):
+    for number in range(500 if full else 16):
         data = bytearray(pickled if number % 2 else old)
         for _ in range(draw.choice((1, 1, 3))):
             at = draw.randrange(min(len(data), len(pickled)))

@@ -91,7 +91,7 @@ def check(make: Callable[[Path, int], Path], rows: int, path: Path, monkeypatch:
 @pytest.mark.usefixtures("sandbox")
 @pytest.mark.parametrize("make", [archive, safetensors, pieces])
 def test_memory(make: Callable[[Path, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(make, 96, tmp_path, monkeypatch)
+    check(make, 80, tmp_path, monkeypatch)
 
 
 @pytest.mark.full

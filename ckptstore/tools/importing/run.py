@@ -212,7 +212,7 @@ class _Importer:
         result = self._described(found)
         if problem is not None:
             return replace(result, problem=problem)
-        if not alone and (known := self._known(result, found)):
+        if known := self._known(result, found):
             return known
         try:
             opened = _opened(found, wishes, self._sandbox, check=not wishes.dry_run, pulse=meter.proven)
