@@ -209,6 +209,11 @@ def test_a_broken_one_does_not_keep_the_others_away(tmp_path: Path, store: cs.St
         (3, type(None)),
     ]
     assert [one.step for one in store.checkpoints()] == [1, 3]
+    # Cut off, it doesn't even tell its step: it might be the newest.
+    (tmp_path / "step_2.pt").write_bytes(data[:-100])
+    report = cs.import_from(tmp_path, store, only_latest=True, again=True)
+    assert [item.path.name for item in report.items if item.problem] == ["step_2.pt"]
+    assert [one.step for one in report.checkpoints] == [3]
 
 
 def test_what_was_refused_can_be_left_out(tmp_path: Path, store: cs.Store) -> None:

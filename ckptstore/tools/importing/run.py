@@ -156,7 +156,9 @@ def import_found(
     broken: dict[Path, CheckpointError] = {}
     if len(found) > 1:
         found = _surveyed(found, wishes, sandbox, broken)
-    found = found[-1:] if only_latest else found
+    if only_latest:
+        # One that can't be read may be newer: it is told.
+        found = [*(one for one in found if one.path in broken), *[one for one in found if one.path not in broken][-1:]]
     importer = _Importer(store, wishes, sandbox, progress)
     done = []
     for one in found:

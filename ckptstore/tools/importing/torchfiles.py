@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from ckptstore.errors import FormatError, IntegrityError, StateError
+from ckptstore.errors import FormatError, IntegrityError, StateError, StorageError
 from ckptstore.tools.importing import standins
 
 _ZIP = b"PK\x03\x04"
@@ -36,12 +36,15 @@ def open_file(path: str) -> IO[bytes]:
 
     Raises:
         FormatError: it is something else.
-        IntegrityError: it is missing or can't be read.
+        IntegrityError: it is missing.
+        StorageError: it can't be read.
     """
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing", key=path) from error
     except OSError as error:
-        raise IntegrityError(f"{path} can't be read: {error.strerror}", key=path) from error
+        raise StorageError(f"{path} can't be read: {error.strerror}", key=path) from error
     file = os.fdopen(number, "rb")
     if not stat.S_ISREG(os.fstat(number).st_mode):
         file.close()
