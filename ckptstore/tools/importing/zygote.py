@@ -49,6 +49,8 @@ def _fork(control: socket.socket, descriptor: int) -> int:
     code = 1
     try:
         control.close()
+        # It would walk through all that was loaded, again and again, and find nothing to collect.
+        gc.disable()
         reader.serve(socket.socket(fileno=descriptor))
         code = 0
     finally:
