@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
     from ckptstore.tools.bisect import Bisection, bisect
-    from ckptstore.tools.usage import Usage, usage
     from ckptstore.tools.importing.run import Imported, ImportReport, import_from
+    from ckptstore.tools.usage import Usage, usage
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
 

@@ -45,11 +45,9 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _HOMES:
             return None
-        home = _HOMES[cmd_name]
         # Python has the word import for itself.
-        command = getattr(
-            importlib.import_module(f"ckptstore.cli.{home}"), "import_" if home == "import_" else cmd_name
-        )
+        name = "import_" if cmd_name == "import" else cmd_name
+        command = getattr(importlib.import_module(f"ckptstore.cli.{_HOMES[cmd_name]}"), name)
         assert isinstance(command, click.Command)
         if ctx.resilient_parsing:
             from ckptstore.cli.completing import completed
