@@ -165,13 +165,25 @@ def encode_stateful(encoder: Encoder, value: Any, path: str) -> Json:
 def pair(pairing: Pairing, node: dict[str, Any], module: nn.Module, path: str) -> None:
     """Plan to restore a module in place."""
     root = unwrap(module)
-    if node[TAG] == "stateful":
+    if node.get(TAG) == "stateful":
         pair_stateful(pairing, node, root, path)
     elif is_plain(root):
         _pair_entries(pairing, node, root, path)
     else:
         make = pairing.decoder.parse(node, path)
         pairing.later(lambda: root.load_state_dict(OrderedDict(make()), strict=pairing.strict), root, path)
+
+
+def pair_plain(pairing: Pairing, node: Any, target: Any, path: str) -> None:
+    """Plan to give what was saved as plain data, as by another program, to the object's ``load_state_dict``."""
+    saved = pairing.decoder.children(node, path)
+    if isinstance(target, nn.Module) and is_plain(unwrap(target)):
+        # Tensor by tensor: then nothing is changed where one of them doesn't fit.
+        _pair_entries(pairing, {"entries": saved}, unwrap(target), path)
+        return
+    make = pairing.decoder.parse(node, path)
+    options = {} if pairing.strict or not isinstance(target, nn.Module) else {"strict": False}
+    pairing.later(lambda: target.load_state_dict(make(), **options), target, path)
 
 
 def pair_stateful(pairing: Pairing, node: dict[str, Any], target: Any, path: str) -> None:

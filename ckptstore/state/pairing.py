@@ -163,6 +163,9 @@ class Pairing:
         kind = _kind(node)
         if type(target) in _PAIRS:
             return _PAIRS[type(target)](self, node, target, path, depth)
+        if kind in ("dict", "ordered_dict") and modules.is_stateful(target) and registered_class(type(target)) is None:
+            modules.pair_plain(self, node, target, path)
+            return None
         plan = self._planner(target, kind)
         if plan is None:
             return self._other(node, target, path, depth)

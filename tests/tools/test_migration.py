@@ -385,6 +385,23 @@ def test_from_tiers(tmp_path: Path, store: cs.Store) -> None:
     assert same(fresh.optimizer.state_dict(), run.optimizer.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint has")
+def test_a_run_goes_on_where_another_program_left_off(tmp_path: Path, store: cs.Store, store_path: Path) -> None:
+    """The next line after the import is resume()."""
+    old = Run().train(3)
+    Tiers(tmp_path / "checkpoints").save(old, 99)
+    imported(tmp_path / "checkpoints", store)
+    new = Run()
+
+    with cs.Checkpointer(store_path, {"model": new.model, "optimizer": new.optimizer}, verbose=False) as checkpointer:
+        resumed = checkpointer.resume()
+
+    assert resumed is not None
+    assert (checkpointer.progress.step, checkpointer.progress.epoch) == (99, 1)
+    assert same(new.weights(), old.weights())
+    assert same(new.optimizer.state_dict(), old.optimizer.state_dict())
+
+
 def test_from_milestones(tmp_path: Path, store: cs.Store) -> None:
     run = Run()
     paths = [milestone(tmp_path, run.train(), step, 10**9 * n, f"{n}.0B") for step, n in ((900, 1), (1000, 2))]
