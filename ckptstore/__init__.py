@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from ckptstore.store import Store
     from ckptstore.tools.bisect import Bisection, bisect
     from ckptstore.tools.importing.run import Imported, ImportReport, import_from
+    from ckptstore.tools.report import report
     from ckptstore.tools.usage import Usage, usage
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
@@ -136,6 +137,7 @@ __all__ = [
     "on_best",
     "open",
     "register_type",
+    "report",
     "tagged",
     "usage",
     "within",
@@ -170,6 +172,7 @@ _HOMES = {
     "ckptstore.engine.damage": ("DamageWarning", "FallbackWarning"),
     "ckptstore.store": ("Store",),
     "ckptstore.tools.bisect": ("Bisection", "bisect"),
+    "ckptstore.tools.report": ("report",),
     "ckptstore.tools.usage": ("Usage", "usage"),
     "ckptstore.tools.importing.run": ("ImportReport", "Imported", "import_from"),
 }

@@ -17,6 +17,8 @@ _HOMES = {
     "plan": "plan",
     "ls": "ls",
     "show": "show",
+    "report": "report",
+    "watch": "watch",
     "verify": "verify",
     "du": "du",
     "bisect": "bisect",

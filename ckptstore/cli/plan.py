@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,6 +258,7 @@ def _check_known(asked: Asked) -> None:
 
 def _draw(asked: Asked, made: Plan, path: str) -> None:
     from ckptstore.tools.planpicture import picture
+    from ckptstore.tools.wholefile import replace_file
 
     title = f"save {asked.save}\nkeep {asked.keep or 'all'}"
     unit_bytes = None if asked.checkpoint_bytes else 1
@@ -269,25 +268,9 @@ def _draw(asked: Asked, made: Plan, path: str) -> None:
         message = f"--picture needs matplotlib, and it can't be imported ({error}): pip install 'ckptstore[plot]'"
         raise CommandError(message, code="no_matplotlib") from error
     try:
-        _replace(Path(path), drawn)
+        replace_file(Path(path), drawn)
     except OSError as error:
         raise CommandError(f"{path} can't be written: {error.strerror or error}", code="os") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        # Made for its owner alone; a picture is for whoever may read what lies beside it.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _write(config: Config, path: str, output: str | None, asked: Asked, made: Plan) -> str:

@@ -101,16 +101,27 @@ def _best(checkpoints: Sequence[Checkpoint], rest: str) -> Checkpoint | None:
     name, _, mode = rest.partition(":")
     if mode not in ("", "min", "max") or not name:
         raise FormatError(f"'best:{rest}' is no selector; write best:METRIC, best:METRIC:min or best:METRIC:max")
-    rated = [c for c in checkpoints if not math.isnan(c.metrics.get(name, math.nan))]
-    if not rated:
+    found = best_of(checkpoints, name, mode)
+    if found is None:
         known = sorted({metric for c in checkpoints for metric in c.metrics})
         raise NotFoundError(
             f"no checkpoint has metric {name!r:.200}; metrics here: {listed(known)}{meant(name, known)}"
         )
+    return found[0]
+
+
+def best_of(checkpoints: Sequence[Checkpoint], name: str, mode: str = "") -> tuple[Checkpoint, str] | None:
+    """The best of ``checkpoints`` by the metric ``name``, and whether "min" or "max" was best; None where none has it.
+
+    Without ``mode`` as the newest that has the metric says, or as its name does.
+    """
+    rated = [c for c in checkpoints if not math.isnan(c.metrics.get(name, math.nan))]
+    if not rated:
+        return None
     mode = mode or rated[-1].modes.get(name) or default_mode(name)
     sign = 1 if mode == "max" else -1
     # Of equally good ones the newest.
-    return max(rated, key=lambda c: (sign * c.metrics[name], c.order))
+    return max(rated, key=lambda c: (sign * c.metrics[name], c.order)), mode
 
 
 def _number(kind: str, rest: str) -> int:

@@ -12,6 +12,7 @@ _SAVED = (
     (re.compile(r"epoch plan, step \d+"), "epoch plan"),
     (re.compile(r"step \d+"), "named steps"),
     (re.compile(re.escape(MILESTONE) + ".+"), "milestones"),
+    (re.compile(r"rollback to .+"), "rollbacks"),
 )
 # What is meant to stay longest comes first: of several rules that keep a checkpoint it is shown as that.
 _KEPT = (

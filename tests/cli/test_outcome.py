@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": (),
     "ls": (),
     "show": (),
+    "report": ("-o", "-"),
+    "watch": ("--once",),
     "verify": (),
     "du": (),
     "bisect": ("--good", "step:10", "--bad", "latest", "true"),
