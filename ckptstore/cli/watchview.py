@@ -105,12 +105,14 @@ def _age(seconds: float) -> str:
 
 
 def _speed(checkpoints: Sequence[Checkpoint]) -> float | None:
-    """Steps per second before the newest checkpoint."""
+    """Steps per second, as the newest checkpoints tell."""
     from ckptstore.tools.lineage import origins, speeds
     from ckptstore.tools.reportdata import history
 
-    saves = history(checkpoints[-2:], checkpoints[-2:])
-    return speeds(saves, origins(saves))[-1] if saves else None
+    # Several: a step may have been saved twice, and another writer begun.
+    saves = history(checkpoints[-10:], checkpoints[-10:])
+    known = [speed for speed in speeds(saves, origins(saves)) if speed is not None]
+    return known[-1] if known else None
 
 
 def _metrics(look: Look, console: Console) -> list[RenderableType]:

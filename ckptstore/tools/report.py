@@ -119,7 +119,7 @@ def page(shown: Document) -> bytes:
     from jinja2 import DictLoader, Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    scripts = [get_plotlyjs(), "\n".join(map(_source, _SCRIPTS))]
+    plotly, script = get_plotlyjs(), "\n".join(map(_source, _SCRIPTS))
     environment = Environment(
         loader=DictLoader({"page.html": _source("page.html")}),
         autoescape=True,
@@ -130,9 +130,10 @@ def page(shown: Document) -> bytes:
     environment.filters |= {"size": _size, "number": _number, "time": _clock, "short": _short, "value": _value}
     made = environment.get_template("page.html").render(
         doc=shown,
-        policy=policy(scripts),
+        policy=policy([plotly, script]),
         style=_source("page.css"),
-        scripts=scripts,
+        plotly=plotly,
+        script=script,
         data=in_script(_packed(shown)),
         problems=problems(shown),
         count_text=count_text,

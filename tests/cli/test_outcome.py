@@ -17,7 +17,7 @@ COMMANDS = {
     "plan": (),
     "ls": (),
     "show": (),
-    "report": ("-o", "-"),
+    "report": ("-o", "report.html"),
     "watch": ("--once",),
     "verify": (),
     "du": (),

@@ -24,6 +24,7 @@ from ckptstore.format.records import (
 )
 
 STORE_ID = "5" * 32
+MANIFEST_BYTES = 800
 BEGIN = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -51,6 +52,13 @@ def put(root: Path, key: str, record: Record) -> None:
     path.write_bytes(seal(record))
 
 
+def size_file(path: Path, size: int) -> None:
+    """A file of ``size`` bytes that takes up none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
 def time(at_s: float) -> str:
     return (BEGIN + timedelta(seconds=at_s)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -60,11 +68,13 @@ def fabricate(
     fakes: Iterable[Fake],
     *,
     hosts: Mapping[int, str] | None = None,
+    files: bool = False,
     holds: Mapping[str, int] | None = None,
 ) -> list[str]:
     """A store of ``fakes``, oldest first, in ``root``; their ids.
 
     Args:
+        files: also manifests and data files, of which only the sizes are right.
         hosts: the host of each writer.
         holds: for each hold's name the place of the checkpoint that it pins.
     """
@@ -77,6 +87,9 @@ def fabricate(
         ids.append(str(id))
         began.setdefault(fake.writer, fake.at_s)
         put(root, layout.commit_key(id), _commit(id, fake))
+        if files:
+            size_file(root / layout.manifest_key(id), MANIFEST_BYTES)
+            size_file(root / layout.file_key(id, "model.safetensors"), fake.own_bytes)
         if fake.deleted is not None:
             grave = TombstoneRecord(store_id=STORE_ID, id=str(id), created=time(fake.at_s + 5), reason=fake.deleted)
             put(root, layout.tombstone_key(id), grave)
@@ -107,7 +120,7 @@ def _commit(id: CheckpointId, fake: Fake) -> CommitRecord:
             "stored_bytes": fake.own_bytes + fake.borrowed_bytes,
             "borrowed_bytes": fake.borrowed_bytes,
             "world_size": 1,
-            "manifest": Sealed256(size=800, sha256="0" * 64),
+            "manifest": Sealed256(size=MANIFEST_BYTES, sha256="0" * 64),
             "lenders": list(fake.lenders),
         }
     )

@@ -1,10 +1,13 @@
 // Charts that are drawn when they come into view, and again with just the points that can be told apart.
 
 const TELLING = 400; // So few points have a dot each.
+const MOST = 6000; // So many points may the lines of one kind have together.
 const charts = [];
+// A finger that is drawn over a chart scrolls the page.
+const touched = matchMedia("(hover: none)").matches;
 
-// Of the points of each column of pixels the first, the lowest, the highest and the last: the line looks the same.
-function thinned(points, range, width) {
+// Of the points of each column the first, the lowest, the highest and the last: the line looks the same.
+function thinned(points, range, columns) {
   const [low, high] = range;
   const margin = (high - low) * 0.02;
   const shown = [];
@@ -17,21 +20,21 @@ function thinned(points, range, width) {
   }
   // One more on either side, to which the line leads.
   const all = [before, ...shown, after].filter((point) => point !== null);
-  if (all.length <= TELLING) return all;
-  const columns = new Map();
-  const scale = width / (high - low || 1);
+  if (all.length <= 4 * columns) return all;
+  const found = new Map();
+  const scale = columns / (high - low || 1);
   for (const point of all) {
     const column = Math.floor((point.x - low) * scale);
-    const found = columns.get(column);
-    if (found === undefined) columns.set(column, { first: point, lowest: point, highest: point, last: point });
+    const those = found.get(column);
+    if (those === undefined) found.set(column, { first: point, lowest: point, highest: point, last: point });
     else {
-      if (point.y < found.lowest.y) found.lowest = point;
-      if (point.y > found.highest.y) found.highest = point;
-      found.last = point;
+      if (point.y < those.lowest.y) those.lowest = point;
+      if (point.y > those.highest.y) those.highest = point;
+      those.last = point;
     }
   }
   const kept = new Set();
-  for (const found of columns.values()) for (const point of Object.values(found)) kept.add(point);
+  for (const those of found.values()) for (const point of Object.values(those)) kept.add(point);
   return all.filter((point) => kept.has(point));
 }
 
@@ -55,12 +58,14 @@ function extent(points) {
   return [low - margin, high + margin];
 }
 
-// Lines as one trace: with a gap after each.
+// Lines as one trace: with a gap after each. Many share the points that there may be.
 function joined(lines, range, width) {
+  const inside = lines.filter((line) => line[line.length - 1].x >= range[0] && line[0].x <= range[1]);
+  const columns = Math.max(Math.floor(Math.min(width, MOST / 4 / inside.length)), 4);
   const points = [];
-  for (const line of lines) {
+  for (const line of inside) {
     if (points.length) points.push(null);
-    points.push(...thinned(line, range, width));
+    points.push(...thinned(line, range, columns));
   }
   return points;
 }
@@ -78,19 +83,27 @@ function trace(points, more, text = null) {
   };
 }
 
-function ring(place, points, colour) {
-  const found = points.filter((point) => point.place === place);
-  return trace(found, { mode: "markers", marker: { size: 14, color: "rgba(0,0,0,0)", line: { width: 2.5, color: colour } } });
+function ring(points, colour) {
+  const found = points.filter((point) => point.place === selection.place);
+  return trace(found, { mode: "markers", marker: { size: 15, color: "rgba(0,0,0,0)", line: { width: 2.5, color: colour } } });
+}
+
+// A ring around what is selected: a shape, which is drawn without the rest.
+function rings(points, colour) {
+  return points.filter((point) => point.place === selection.place && point.y !== null).map((point) => ({
+    type: "circle", xref: "x", yref: "y", xsizemode: "pixel", ysizemode: "pixel", xanchor: point.x, yanchor: point.y,
+    x0: -8, x1: 8, y0: -8, y1: 8, line: { color: colour, width: 2.5 }, name: "selected",
+  }));
 }
 
 function layoutOf(look, more) {
   const axis = {
     gridcolor: look.grid, linecolor: look.line, zeroline: false, tickfont: { color: look.muted, size: 11 },
-    automargin: true, fixedrange: false,
+    automargin: true, fixedrange: false, tickangle: 0,
   };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", color: look.ink, size: 12 },
-    margin: { l: 8, r: 10, t: 8, b: 8 }, hovermode: "closest", dragmode: "zoom", showlegend: false, uirevision: "same",
+    margin: { l: 8, r: 10, t: 8, b: 8 }, hovermode: "closest", dragmode: touched ? false : "zoom", showlegend: false, uirevision: "same",
     hoverlabel: { bgcolor: look.card, bordercolor: look.line, font: { color: look.ink, size: 12 }, align: "left" },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: look.muted, size: 11 } },
     ...more,
@@ -101,28 +114,26 @@ function layoutOf(look, more) {
 
 class Chart {
   // `draw(chart, range, width, look)` gives {traces, layout}; `points` all points, of which the range along x is made.
-  constructor(id, points, draw, { axis = () => "linear", height = 240 } = {}) {
-    Object.assign(this, { id, points, draw, axis, height, shown: null, drawn: false });
+  constructor(id, points, draw, { axis = () => "linear", log = () => false, height = 240 } = {}) {
+    Object.assign(this, { points, draw, axis, log, height, shown: null, drawn: false });
     this.element = byId(id);
     charts.push(this);
+    this.element.style.minHeight = `${height}px`;
     this.observer = new IntersectionObserver((entries) => {
-      if (entries.some((entry) => entry.isIntersecting)) this.begin();
+      if (entries.some((entry) => entry.isIntersecting)) soon(this);
     }, { rootMargin: "300px" });
-    this.observer.observe(this.element);
   }
 
   begin() {
     this.observer.disconnect();
-    if (this.drawn) return;
     this.drawn = true;
-    this.element.style.minHeight = `${this.height}px`;
     this.redraw();
     this.element.on("plotly_relayout", (change) => this.moved(change));
     this.element.on("plotly_click", (event) => {
       const place = event.points[0].customdata;
       if (place !== null && place !== undefined) select(place);
     });
-    selection.watchers.push(() => this.redraw());
+    selection.watchers.push(() => this.mark());
   }
 
   moved(change) {
@@ -139,13 +150,23 @@ class Chart {
 
   reset() { this.shown = null; if (this.drawn) this.redraw(); }
 
+  mark() {
+    // Where it has to be drawn with the rest, see there.
+    if (this.log()) this.redraw();
+    else Plotly.relayout(this.element, { shapes: [...this.shapes, ...rings(this.points(), colours().accent)] });
+  }
+
   redraw() {
-    if (!this.drawn) return;
+    if (!this.drawn) { this.begin(); return; }
     const look = colours();
     const range = this.shown ?? extent(this.points());
     const width = Math.max(this.element.clientWidth - 60, 100);
     const { traces, layout } = this.draw(range, width, look);
-    const full = layoutOf(look, { height: this.height, ...layout, xaxis: { type: this.axis(), range, ...layout.xaxis } });
+    const full = layoutOf(look, { height: this.height, ...layout, xaxis: { type: this.axis(), range, nticks: Math.max(Math.round(width / 90), 3), ...layout.xaxis } });
+    this.shapes = full.shapes ?? [];
+    // Plotly draws a shape that is measured in pixels flat where the axis is logarithmic.
+    if (this.log()) traces.push(ring(this.points(), look.accent));
+    else full.shapes = [...this.shapes, ...rings(this.points(), look.accent)];
     // The range is ours, and no gesture of its own is to be kept.
     full.uirevision = String(range);
     Plotly.react(this.element, traces, full, { displayModeBar: false, responsive: true, doubleClick: "autosize", scrollZoom: false });
@@ -166,4 +187,31 @@ function alternative(id, text) {
   if (chart.getAttribute("role") === "img") chart.setAttribute("aria-label", text);
 }
 
-themes.watchers.push(() => { for (const chart of charts) chart.redraw(); });
+themes.watchers.push(redrawn);
+
+function redrawn() { for (const chart of charts) if (chart.drawn) soon(chart); }
+
+// Only once all the rest is there to be used: to read Plotly takes longer than that.
+function beginCharts() {
+  const held = byId("plotly");
+  if (held === null || held.type !== "text/plain") return;
+  const script = make("script", { id: "plotly" });
+  script.textContent = held.textContent;
+  held.replaceWith(script);
+  for (const chart of charts) chart.observer.observe(chart.element);
+}
+
+// One at a time, so that the page answers in between.
+const waiting = new Set();
+
+function soon(chart) {
+  if (!waiting.size) setTimeout(work);
+  waiting.add(chart);
+}
+
+function work() {
+  const [chart] = waiting;
+  chart.redraw();
+  waiting.delete(chart);
+  if (waiting.size) setTimeout(work);
+}

@@ -50,7 +50,6 @@ function beginHistory() {
         trace(faint, { mode: "markers", marker: { size: 6, color: colour(faint), opacity: 0.35 } }, text),
         trace(live, { mode: "markers", marker: { size: 7, color: colour(live), line: { width: 1, color: look.card } } }, text),
         trace(marks, { mode: "markers", marker: { size: 9, symbol: "diamond", color: look.bad, line: { width: 1, color: look.card } } }, text),
-        ring(selection.place, points, look.accent),
       ],
       layout: {
         xaxis: { title: { text: "saves, in order", font: { size: 11, color: look.muted } }, tickformat: ",d" },
@@ -106,8 +105,7 @@ function beginMetric(id, metric, scale) {
   if (low <= 0 || high === low) scale.remove();
   const text = (point) => `${plain(clipped(metric.name, 60))} ${figure(metricOf(saves[point.place], metric.name))}<br>${told(saves[point.place])}`;
   const draw = (range, width, look) => {
-    const lines = stretches(points, (save) => !save.abandoned);
-    const kept = joined([lines.flat()], range, width);
+    const kept = joined([stretches(points, (save) => !save.abandoned).flat()], range, width);
     const lost = joined(stretches(points, (save) => save.abandoned), range, width);
     const dots = points.filter((point) => point.x >= range[0] && point.x <= range[1]);
     const few = dots.length <= TELLING ? dots : dots.filter((point) => saves[point.place].roles.length || saves[point.place].holds.length);
@@ -124,7 +122,6 @@ function beginMetric(id, metric, scale) {
           },
         }, text),
         trace(best, { mode: "markers", marker: { size: 13, symbol: "star", color: look.good, line: { width: 1, color: look.card } } }, text),
-        ring(selection.place, points, look.accent),
       ],
       layout: {
         xaxis: { title: { text: "step", font: { size: 11, color: look.muted } } },
@@ -132,8 +129,8 @@ function beginMetric(id, metric, scale) {
       },
     };
   };
-  const chart = new Chart(id, () => points, draw, { height: 220 });
-  scale.addEventListener("click", () => { log = !log; show(); chart.redraw(); });
+  const chart = new Chart(id, () => points, draw, { height: 220, log: () => log });
+  scale.addEventListener("click", () => { log = !log; show(); if (chart.drawn) chart.redraw(); });
   const last = points[points.length - 1];
   alternative(id, `${metric.name}: ${plural(points.length, "value")} from ${figure(low)} to ${figure(high)}, ${figure(last.y)} at the last step ${count(last.x)}.${oddText}`);
 }
@@ -153,7 +150,6 @@ function lines(id, series, y, { height = 220, words, hover }) {
           line: { color: one.colour(look), width: 1.8, dash: one.dash, shape: one.shape }, marker: { size: 5 },
         }, (point) => `${plain(hover(point, one))}<br>${told(saves[point.place])}`);
       }),
-      ring(selection.place, series[0].lines.flat(), look.accent),
     ],
     layout: {
       xaxis: { title: { text: "saves, in order", font: { size: 11, color: look.muted } }, tickformat: ",d" },

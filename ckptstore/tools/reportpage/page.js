@@ -24,12 +24,12 @@ function columnsOf(rows) {
   const some = (test) => rows.some(test);
   const columns = [idColumn, stepColumn];
   if (some((save) => save.epoch !== null)) columns.push({ name: "epoch", right: true, wide: true, width: 75, of: (save) => save.epoch, text: (save) => (save.epoch === null ? "" : count(save.epoch)) });
-  columns.push({ name: "saved (UTC)", wide: true, width: 160, of: (save) => save.time, text: (save) => clock(save.time) });
+  columns.push({ name: "saved (UTC)", wide: true, width: 178, of: (save) => save.time, text: (save) => clock(save.time) });
   columns.push({ name: "size", right: true, width: 85, of: (save) => save.stored_bytes, text: (save) => bytes(save.stored_bytes) });
   for (const { name } of report.metrics.slice(0, 3)) {
     columns.push({ name, right: true, wide: true, width: 100, of: (save) => finite(metricOf(save, name)), text: (save) => (metricOf(save, name) === null ? "" : figure(metricOf(save, name))) });
   }
-  columns.push({ name: "roles", wide: true, width: some((save) => save.roles.length || save.holds.length) ? 170 : 90, of: (save) => marks(save) || null, text: marks, cell: tagged });
+  columns.push({ name: "roles", wide: true, width: some((save) => save.roles.length || save.holds.length) ? 200 : 90, of: (save) => marks(save) || null, text: marks, cell: tagged });
   columns.push({ name: "reasons", wide: true, of: (save) => save.reasons.join(", ") || null, text: (save) => save.reasons.join(", ") });
   return columns;
 }
@@ -71,7 +71,7 @@ function beginRetention() {
   if (box === null) return;
   const rows = saves.filter((save) => save.verdict !== null);
   const columns = [
-    { name: "", width: 70, of: (save) => (save.verdict.stays ? 1 : 0), text: (save) => (save.verdict.stays ? "stays" : "goes"), cell: (save) => [make("span", { class: save.verdict.stays ? "muted" : "bad" }, save.verdict.stays ? "stays" : "goes")] },
+    { name: "fate", width: 76, of: (save) => (save.verdict.stays ? 1 : 0), text: (save) => (save.verdict.stays ? "stays" : "goes"), cell: (save) => [make("span", { class: save.verdict.stays ? "muted" : "bad" }, save.verdict.stays ? "stays" : "goes")] },
     { ...idColumn, wide: true }, stepColumn,
     { name: "bytes", right: true, width: 85, wide: true, of: (save) => save.own_bytes, text: (save) => bytes(save.own_bytes) },
     { name: "why", of: (save) => save.verdict.why, text: (save) => save.verdict.why },
@@ -90,13 +90,15 @@ function begin() {
   beginMetrics();
   beginSizes();
   beginRetention();
+  if (report.summary.latest !== null) select(placeOf.get(report.summary.latest));
   setTheme(remembered());
   byId("theme").addEventListener("click", () => { const theme = isDark() ? "light" : "dark"; remember(theme); setTheme(theme); });
   themes.system.addEventListener("change", () => setTheme(null));
-  addEventListener("resize", () => { for (const chart of charts) chart.redraw(); });
-  addEventListener("beforeprint", () => { for (const chart of charts) chart.begin(); table.fill({ all: true }); });
+  addEventListener("resize", redrawn);
+  addEventListener("beforeprint", () => { beginCharts(); for (const chart of charts) chart.redraw(); table.fill({ all: true }); });
   addEventListener("afterprint", () => { table.first = -1; table.fill(); });
   document.documentElement.dataset.ready = "yes";
+  requestAnimationFrame(() => setTimeout(beginCharts));
 }
 
 begin();

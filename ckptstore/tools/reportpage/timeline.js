@@ -31,14 +31,19 @@ function drawTimeline(range, width, look) {
   const text = (point) => told(saves[point.place]);
   const shown = spaced(live, range, width);
   const faint = spaced(dead, range, width);
-  const names = report.lanes.map((lane) => plain(clipped(lane.name, width < 500 ? 16 : 30)));
+  const names = report.lanes.map((lane) => {
+    const name = plain(clipped(lane.name, width < 500 ? 16 : 30));
+    return lane.kind === "role" ? `<b>${name}</b>` : name;
+  });
+  const roles = report.lanes.filter((lane) => lane.kind === "role").length;
   return {
     traces: [
       trace(faint, { mode: "markers", marker: { size: 7, color: colour(faint), opacity: 0.28 } }, text),
       trace(shown, { mode: "markers", marker: { size: 8, color: colour(shown), opacity: 0.95, line: { width: 1, color: look.card } } }, text),
-      ring(selection.place, timeline.points, look.accent),
     ],
     layout: {
+      // Between what each is now and why it was saved.
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: roles - 0.5, y1: roles - 0.5, line: { color: look.line, width: 1 } }],
       xaxis: { title: timeline.byTime ? undefined : { text: "step", font: { size: 11, color: look.muted } } },
       yaxis: {
         range: [report.lanes.length - 0.5, -0.5], tickmode: "array", tickvals: names.map((_, y) => y), ticktext: names,
