@@ -53,11 +53,13 @@ def origins(saves: Sequence[Save]) -> list[Origin]:
     places: dict[str, int] = {}
     parents: list[int | None] = []
     branches: list[int] = []
+    begun = -1
     for place, save in enumerate(saves):
         parent = _parent(saves, parents, places, save)
         follows = place > 0 and parent == place - 1
         parents.append(parent)
-        branches.append(branches[-1] if follows else max(branches, default=-1) + 1)
+        begun += not follows
+        branches.append(branches[-1] if follows else begun)
         places[str(save.order)] = place
     lasting: set[int] = set()
     at = next((place for place in reversed(range(len(saves))) if saves[place].there), None)

@@ -149,17 +149,17 @@ def _roles(survey: Survey, best: Mapping[str, tuple[Checkpoint, str]]) -> dict[s
 
 def _lanes(rows: Sequence[Document], metrics: Sequence[str]) -> list[Document]:
     """The rows of the timeline, each with the places of the saves that it shows."""
-    lanes: dict[str, list[int]] = {"latest": []}
     # Not as the reason, which says that it was the best when it was saved.
     names = {f"best {name}": f"best by {name}" for name in metrics[:_BEST_LANES]} | {"latest": "latest"}
+    lanes: dict[str, list[int]] = {name: [] for name in ("latest", *names.values(), "best by others", "held")}
     reasons: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if row["status"] not in ("there", "deleted"):
             continue
         for role in row["roles"]:
-            lanes.setdefault(names.get(role, "best by others"), []).append(place)
+            lanes[names.get(role, "best by others")].append(place)
         if row["holds"]:
-            lanes.setdefault("held", []).append(place)
+            lanes["held"].append(place)
         for kind in kinds(row["reasons"]) or ["no reason given"]:
             reasons.setdefault(kind, []).append(place)
     common = sorted(reasons, key=lambda kind: -len(reasons[kind]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from ckptstore.engine.catalogue import Catalogue, Checkpoint
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import (
@@ -22,6 +23,7 @@ from ckptstore.format.records import (
     metric,
     seal,
 )
+from ckptstore.tools.survey import Survey
 
 STORE_ID = "5" * 32
 MANIFEST_BYTES = 800
@@ -148,3 +150,28 @@ def run(count: int, *, each: int = 250, rollbacks: int = 2, writers: int = 3) ->
         metrics = {"val_loss": loss, "acc": 1 - loss / 12}
         fakes.append(Fake(step, writer, at_s, epoch, metrics, {}, tuple(reasons), 1_500_000_000 + own.randrange(9**8)))
     return fakes
+
+
+def surveyed(fakes: Iterable[Fake], url: str = "memory://fabricated") -> Survey:
+    """What a look at a store of ``fakes``, oldest first, finds; without one, as writing many takes long."""
+    there = [
+        Checkpoint.of(_commit(CheckpointId(fake.writer, seq, fake.step, f"{seq:016x}"), fake))
+        for seq, fake in enumerate(fakes, 1)
+    ]
+    return Survey(
+        url=url,
+        made=BEGIN,
+        store=None,
+        catalogue=Catalogue(there, [], frozenset(), [], max((c.order for c in there), default=None)),
+        graves={},
+        holds={},
+        damaged_holds=[],
+        writers={},
+        lags=[],
+        verifications=None,
+        unfinished=[],
+        bytes_there=0,
+        keep=None,
+        judgement=None,
+        unjudged=None,
+    )
