@@ -194,7 +194,7 @@ function redrawn() { for (const chart of charts) if (chart.drawn) soon(chart); }
 // Only once all the rest is there to be used: to read Plotly takes longer than that.
 function beginCharts() {
   const held = byId("plotly");
-  if (held === null || held.type !== "text/plain") return;
+  if (held.type !== "text/plain" || !charts.length) return;
   const script = make("script", { id: "plotly" });
   script.textContent = held.textContent;
   held.replaceWith(script);
