@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,7 @@ from ckptstore.cli.access import backup_option, looking
 from ckptstore.cli.outcome import BAD_NEWS
 from ckptstore.cli.terminal import json_option, plain
 from ckptstore.cli.units import duration_s
-from ckptstore.errors import CheckpointError
+from ckptstore.errors import CheckpointError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,9 +56,9 @@ class Look:
 class Watcher:
     """Looks at a store again and again: lists what is there, and reads just the records that are new."""
 
-    def __init__(self, store: Store, catalogue: Catalogue) -> None:
-        self._store = store
-        self._seen = catalogue
+    def __init__(self, store: Store, reopen: Callable[[], Store]) -> None:
+        self._store, self._reopen = store, reopen
+        self._seen = store.catalogue()
         self._holds: Mapping[str, str] = {}
         self._lags: Sequence[Lag] = ()
         self._asked_s: float | None = None
@@ -66,22 +67,41 @@ class Watcher:
     def look(self) -> Look:
         """What is there now; what was seen before, where the storage can't be reached."""
         try:
-            self._refresh()
+            self._refresh(self._store)
         except CheckpointError as error:
+            if self._found_anew():
+                return Look(self._seen, self._holds, self._lags)
             now = time.monotonic()
             self._lost_s = now if self._lost_s is None else self._lost_s
             return Look(self._seen, self._holds, self._lags, str(error), now - self._lost_s)
         self._lost_s = None
         return Look(self._seen, self._holds, self._lags)
 
-    def _refresh(self) -> None:
-        found = self._store.catalogue()
+    def _found_anew(self) -> bool:
+        """Whether all is well with the store opened once more: a disk that was mounted again is another one."""
+        with suppress(CheckpointError):
+            store = self._reopen()
+            try:
+                self._refresh(store)
+            except BaseException:
+                store.close()
+                raise
+            self._store.close()
+            self._store, self._lost_s = store, None
+            return True
+        return False
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _refresh(self, store: Store) -> None:
+        found = store.catalogue()
         if found.highest is None and self._seen.highest is not None:
             # An unmounted disk leaves an empty folder.
-            raise CheckpointError(f"{self._store.url} is empty now, and wasn't before")
+            raise NotFoundError(f"{store.url} is empty now, and wasn't before")
         now = time.monotonic()
         if self._asked_s is None or _differs(found, self._seen) or now - self._asked_s >= _RARELY_S:
-            self._holds, self._lags = self._store.holds(), self._store.lags()
+            self._holds, self._lags = store.holds(), store.lags()
             self._asked_s = now
         self._seen = found
 
@@ -122,16 +142,21 @@ def watch(
     Exit codes: 0 ended by Ctrl-C; 1 with --once, where a commit record is damaged; 2 no store at URL or wrong use.
     """
     interval = max(interval, _SHORTEST_S)
-    with looking(url, backups) as (store, catalogue):
-        watcher = Watcher(store, catalogue)
-        # To end it so is what it is made for.
-        with suppress(KeyboardInterrupt):
-            if sys.stdout.isatty() and not as_json:
-                from ckptstore.cli.watchview import show
+    from ckptstore.opening import open
 
-                show(store.url, watcher, interval, once=once)
-            else:
-                _lines(watcher, interval, last, once=once, as_json=as_json)
+    reopen = partial(open, url, backup=backups, read_only=True)
+    # To end it by Ctrl-C is what it is made for.
+    with (
+        looking(url, backups) as (store, catalogue),
+        suppress(KeyboardInterrupt),
+        closing(Watcher(store, reopen)) as watcher,
+    ):
+        if sys.stdout.isatty() and not as_json:
+            from ckptstore.cli.watchview import show
+
+            show(store.url, watcher, interval, once=once)
+        else:
+            _lines(watcher, interval, last, once=once, as_json=as_json)
     if once and catalogue.damaged:
         ctx.exit(BAD_NEWS)
 
