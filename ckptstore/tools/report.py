@@ -172,9 +172,9 @@ def problems(shown: Document) -> list[str]:
     for backup in shown["backups"]:
         if backup["behind"]:
             found.append(f"backup {backup['place']} lacks {count_text(backup['behind'], 'checkpoint')}")
-    newest = (shown["verifications"] or [None])[0]
-    if newest is not None and not newest["ok"]:
-        found.append("the last verification found damage")
+    for newest in shown["verifications"][:1]:
+        if not newest["ok"]:
+            found.append("the last verification found damage")
     return found
 
 

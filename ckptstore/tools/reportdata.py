@@ -14,7 +14,7 @@ from ckptstore.format.records import metric
 from ckptstore.policy.kinds import kinds
 from ckptstore.policy.thin import own_bytes
 from ckptstore.tools.lineage import Origin, Save, origins, speeds
-from ckptstore.tools.survey import Survey, saved
+from ckptstore.tools.survey import Survey, Unfinished, saved
 
 Document = dict[str, Any]
 
@@ -39,7 +39,7 @@ def document(survey: Survey) -> Document:
         "metrics": _metrics(there, best),
         "writers": _writers(survey),
         "backups": [{**dataclasses.asdict(lag), "since": _time(lag.since)} for lag in survey.lags],
-        "verifications": _verifications(survey),
+        "verifications": [{**vars(one), "created": _time(one.created), "ok": one.ok} for one in survey.verifications],
         "damaged": _damaged(survey),
         "unfinished": [_unfinished(one) for one in survey.unfinished],
         "retention": _retention(survey),
@@ -129,7 +129,7 @@ def _facts(checkpoint: Checkpoint | None) -> Document:
 
 def _timing(checkpoint: Checkpoint) -> Document:
     """How long the save took, and training waited for it, in seconds; None where it isn't recorded."""
-    timing = getattr(checkpoint, "timing", None)
+    timing = checkpoint.timing
     save_s = None if timing is None else timing.save_s
     return {
         "save_s": save_s,
@@ -216,24 +216,11 @@ def _writers(survey: Survey) -> list[Document]:
     return made
 
 
-def _verifications(survey: Survey) -> list[Document] | None:
-    if survey.verifications is None:
-        return None
-    names = ("created", "ok", "checkpoints", "read_bytes", "damages", "sample")
-    made = ({name: getattr(one, name, None) for name in names} for one in survey.verifications)
-    return [one | {"created": _time(one["created"]), "damages": _count(one["damages"])} for one in made]
-
-
-def _count(things: object) -> object:
-    return len(things) if isinstance(things, Sequence) and not isinstance(things, str) else things
-
-
 def _damaged(survey: Survey) -> list[Document]:
-    found = [{"key": d.key, "id": d.id, "problem": d.problem} for d in survey.catalogue.damaged]
-    return found + [{"key": None, "id": None, "problem": problem} for problem in survey.damaged_holds]
+    return [{"key": damage.key, "id": damage.id, "problem": damage.problem} for damage in survey.damaged]
 
 
-def _unfinished(one: Any) -> Document:
+def _unfinished(one: Unfinished) -> Document:
     return {
         "id": str(one.id),
         "step": one.id.step,
@@ -259,8 +246,7 @@ def _retention(survey: Survey) -> Document | None:
     }
 
 
-def _time(when: object) -> str | None:
-    """As JSON; what is text already stays."""
-    if isinstance(when, datetime):
-        return when.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return when if isinstance(when, str) else None
+def _time(when: datetime | None) -> str | None:
+    if when is None:
+        return None
+    return when.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

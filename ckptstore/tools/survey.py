@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ckptstore.engine.catalogue import Catalogue, Checkpoint, read_holds
+from ckptstore.engine.catalogue import Catalogue, Checkpoint, Damage, read_each, read_holds
 from ckptstore.engine.commit import read_record, read_store
-from ckptstore.engine.workers import run
 from ckptstore.errors import FormatError, IntegrityError, NotFoundError
 from ckptstore.format import layout
 from ckptstore.format.layout import CheckpointId
 from ckptstore.format.records import Record, StoreRecord, TombstoneRecord, WriterRecord, unseal
 from ckptstore.maintenance.receipts import Lag
+from ckptstore.maintenance.verifications import Verification, read_verifications
 from ckptstore.policy.judge import Judgement
 from ckptstore.policy.retention import Keep
 from ckptstore.storage.base import Entry, Storage
 from ckptstore.view import View
-
-_IN_FLIGHT = 32
-"""Records that are read at a time where storage is far away."""
 
 R = TypeVar("R", bound=Record)
 
@@ -57,10 +54,10 @@ class Survey:
         catalogue: the checkpoints, and which of them lie elsewhere.
         graves: the tombstones of deleted ones that can be brought back, by id; one that can't be read is missing.
         holds: the id that each hold pins, by the hold's name.
-        damaged_holds: what is wrong with the others.
+        damaged: commit records, holds and records of verifications that can't be read.
         writers: who saved, by number; one whose record can't be read is missing.
         lags: how far each backup is behind.
-        verifications: the last ones, newest first; None where they are not recorded.
+        verifications: the last ones, newest first.
         unfinished: oldest first.
         bytes_there: of all files under ``checkpoints/``.
         keep: the rules that were given.
@@ -74,10 +71,10 @@ class Survey:
     catalogue: Catalogue
     graves: Mapping[str, TombstoneRecord]
     holds: Mapping[str, str]
-    damaged_holds: Sequence[str]
+    damaged: Sequence[Damage]
     writers: Mapping[int, WriterRecord]
     lags: Sequence[Lag]
-    verifications: Sequence[Any] | None
+    verifications: Sequence[Verification]
     unfinished: Sequence[Unfinished]
     bytes_there: int
     keep: Keep | None
@@ -104,7 +101,7 @@ def survey(store: View, *, keep: Keep | None = None) -> Survey:
     catalogue = store.catalogue()
     holds, damaged_holds = read_holds(storage)
     judgement, unjudged = _judged(store, keep)
-    verifications: Callable[[], Sequence[Any]] | None = getattr(store, "verifications", None)
+    verifications, damaged_verifications = read_verifications(storage)
     graves = _read(storage, {layout.tombstone_key(c.order): c.id for c in catalogue.buried}, TombstoneRecord)
     numbers = {c.order.writer for c in (*catalogue.checkpoints, *catalogue.buried)}
     return Survey(
@@ -114,10 +111,10 @@ def survey(store: View, *, keep: Keep | None = None) -> Survey:
         catalogue=catalogue,
         graves=graves,
         holds=holds,
-        damaged_holds=[damage.problem for damage in damaged_holds],
+        damaged=[*catalogue.damaged, *damaged_holds, *damaged_verifications],
         writers=_read(storage, {layout.writer_key(number): number for number in numbers}, WriterRecord),
         lags=store.lags(),
-        verifications=verifications() if verifications is not None else None,
+        verifications=verifications,
         unfinished=_unfinished(entries, catalogue),
         bytes_there=sum(entry.size for entry in entries),
         keep=keep,
@@ -150,11 +147,10 @@ def _read(storage: Storage, keys: Mapping[str, K], kind: type[R]) -> dict[K, R]:
     found: dict[K, R] = {}
 
     def look(key: str) -> None:
-        with suppress(NotFoundError, IntegrityError, FormatError):
+        with suppress(NotFoundError):
             found[keys[key]] = read_record(storage, key, lambda data: unseal(data, key, [kind]))
 
-    far = storage.capabilities.in_flight is not None
-    run(sorted(keys), look, threads=max(1, min(_IN_FLIGHT, len(keys))) if far else 1)
+    read_each(sorted(keys), look, storage)
     return found
 
 

@@ -18,6 +18,7 @@ from ckptstore.format.records import (
     Record,
     Sealed256,
     StoreRecord,
+    TimingRecord,
     TombstoneRecord,
     WriterRecord,
     metric,
@@ -46,6 +47,8 @@ class Fake:
     deleted: str | None = None
     """Why, where it was."""
     lenders: tuple[str, ...] = ()
+    timing: tuple[float | None, float | None] | None = None
+    """Seconds of the save, and those that training waited."""
 
 
 def put(root: Path, key: str, record: Record) -> None:
@@ -122,6 +125,7 @@ def _commit(id: CheckpointId, fake: Fake) -> CommitRecord:
             "stored_bytes": fake.own_bytes + fake.borrowed_bytes,
             "borrowed_bytes": fake.borrowed_bytes,
             "world_size": 1,
+            "timing": None if fake.timing is None else TimingRecord(save_s=fake.timing[0], stall_s=fake.timing[1]),
             "manifest": Sealed256(size=MANIFEST_BYTES, sha256="0" * 64),
             "lenders": list(fake.lenders),
         }
@@ -148,7 +152,9 @@ def run(count: int, *, each: int = 250, rollbacks: int = 2, writers: int = 3) ->
         if number + 1 in backs:
             reasons = ["SIGTERM"]
         metrics = {"val_loss": loss, "acc": 1 - loss / 12}
-        fakes.append(Fake(step, writer, at_s, epoch, metrics, {}, tuple(reasons), 1_500_000_000 + own.randrange(9**8)))
+        fake = Fake(step, writer, at_s, epoch, metrics, {}, tuple(reasons), 1_500_000_000 + own.randrange(9**8))
+        fake.timing = (1.2 + own.random() / 4, own.random() / 20)
+        fakes.append(fake)
     return fakes
 
 
@@ -165,10 +171,10 @@ def surveyed(fakes: Iterable[Fake], url: str = "memory://fabricated") -> Survey:
         catalogue=Catalogue(there, [], frozenset(), [], max((c.order for c in there), default=None)),
         graves={},
         holds={},
-        damaged_holds=[],
+        damaged=[],
         writers={},
         lags=[],
-        verifications=None,
+        verifications=[],
         unfinished=[],
         bytes_there=0,
         keep=None,

@@ -68,7 +68,7 @@ class Reader(HTMLParser):
 def test_everything_about_each_save_is_there(store_path: Path) -> None:
     lender = "0001-000001-step10-" + "0" * 16
     fakes = [
-        Fake(10, 1, 0, 1, {"val_loss": 3.0}, {}, ("every 10 steps", "best val_loss")),
+        Fake(10, 1, 0, 1, {"val_loss": 3.0}, {}, ("every 10 steps", "best val_loss"), timing=(2.0, None)),
         Fake(20, 1, 5, 2, {"val_loss": 2.0, "acc": 0.5}, {"acc": "max"}, ("SIGTERM",), 100, 900, lenders=(lender,)),
         Fake(30, 2, 9, None, {}, {}, (), deleted="deleted by hand"),
     ]
@@ -80,6 +80,7 @@ def test_everything_about_each_save_is_there(store_path: Path) -> None:
     first, second, third = made["saves"]
     assert [save["id"] for save in made["saves"]] == ids
     assert [save["status"] for save in made["saves"]] == ["there", "there", "deleted"]
+    assert (first["save_s"], first["stall_s"], first["bytes_per_s"]) == (2.0, None, 750_000_000)
     assert first["holds"] == ["draft", "paper"]
     assert second["roles"] == ["latest", "best val_loss", "best acc"]
     assert (second["own_bytes"], second["borrowed_bytes"], second["lenders"]) == (100, 900, [lender])
@@ -198,6 +199,22 @@ def test_backups_and_how_far_they_are_behind(tmp_path: Path) -> None:
     (backup,) = made["backups"]
     assert (backup["place"], backup["copied"], backup["behind"]) == (second.as_uri(), 1, 1)
     assert f"backup {second.as_uri()} lacks 1 checkpoint" in page(made).decode()
+
+
+def test_verifications_the_newest_first(store_path: Path) -> None:
+    with ckptstore.open(store_path) as store:
+        store.save({"model": {"weight": torch.ones(1000)}}, step=1)
+        store.verify()
+        (data,) = store_path.glob("checkpoints/*/model.safetensors")
+        data.write_bytes(bytes(data.stat().st_size))
+        store.verify("latest")
+        made = document(survey(store))
+
+    assert [(one["ok"], one["damages"], one["id"] is None) for one in made["verifications"]] == [
+        (False, 1, False),
+        (True, 0, True),
+    ]
+    assert "the last verification found damage" in page(made).decode()
 
 
 def test_what_lies_only_in_a_backup_is_told(tmp_path: Path) -> None:
