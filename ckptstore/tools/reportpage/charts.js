@@ -49,12 +49,12 @@ function spaced(points, range, width) {
   return [...kept.values()];
 }
 
-function extent(points) {
+function extent(points, least = 1) {
   let low = Infinity;
   let high = -Infinity;
   for (const point of points) { if (point.x < low) low = point.x; if (point.x > high) high = point.x; }
   if (low > high) return [0, 1];
-  const margin = high > low ? (high - low) * 0.03 : high === 0 ? 1 : Math.abs(high) * 1e-4 || 1;
+  const margin = high > low ? (high - low) * 0.03 : least;
   return [low - margin, high + margin];
 }
 
@@ -159,10 +159,13 @@ class Chart {
   redraw() {
     if (!this.drawn) { this.begin(); return; }
     const look = colours();
-    const range = this.shown ?? extent(this.points());
+    const range = this.shown ?? extent(this.points(), this.axis() === "date" ? 3.6e6 : 1);
     const width = Math.max(this.element.clientWidth - 60, 100);
     const { traces, layout } = this.draw(range, width, look);
-    const full = layoutOf(look, { height: this.height, ...layout, xaxis: { type: this.axis(), range, nticks: Math.max(Math.round(width / 90), 3), ...layout.xaxis } });
+    // Saves and steps are whole numbers; between two of them there is nothing to be named.
+    const room = Math.max(Math.round(width / 75), 4);
+    const nticks = this.axis() === "date" ? room : Math.min(room, Math.ceil(range[1] - range[0]) + 1);
+    const full = layoutOf(look, { height: this.height, ...layout, xaxis: { type: this.axis(), range, nticks, ...layout.xaxis } });
     this.shapes = full.shapes ?? [];
     // Plotly draws a shape that is measured in pixels flat where the axis is logarithmic.
     if (this.log()) traces.push(ring(this.points(), look.accent));

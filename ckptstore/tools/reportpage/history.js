@@ -189,7 +189,7 @@ function beginSizes() {
     let total = 0;
     const grown = there.map((save) => { total += save.own_bytes; return { x: save.place + 1, y: total, place: save.place }; });
     lines("total", [{ name: "together", lines: [grown], colour: (look) => look.accent, shape: "hv" }], byteAxis, {
-      words: `${plural(there.length, "checkpoint")} take ${bytes(total)} together.`,
+      words: `${bytes(total)} for ${plural(there.length, "checkpoint")}.`,
       hover: (point) => `${bytes(point.y)} up to here`,
     });
   }

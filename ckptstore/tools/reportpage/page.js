@@ -22,7 +22,8 @@ const marks = (save) => [...save.roles, ...save.holds.map((name) => `held: ${nam
 
 function columnsOf(rows) {
   const some = (test) => rows.some(test);
-  const columns = [idColumn, stepColumn];
+  // On a phone the id, which tells the step, and the size.
+  const columns = [idColumn, { ...stepColumn, wide: true }];
   if (some((save) => save.epoch !== null)) columns.push({ name: "epoch", right: true, wide: true, width: 75, of: (save) => save.epoch, text: (save) => (save.epoch === null ? "" : count(save.epoch)) });
   columns.push({ name: "saved (UTC)", wide: true, width: 178, of: (save) => save.time, text: (save) => clock(save.time) });
   columns.push({ name: "size", right: true, width: 85, of: (save) => save.stored_bytes, text: (save) => bytes(save.stored_bytes) });

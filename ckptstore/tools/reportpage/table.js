@@ -79,7 +79,7 @@ class Table {
   }
 
   space(count) {
-    const row = make("tr", { class: "space", "aria-hidden": "true" }, make("td", { colspan: this.columns.length }));
+    const row = make("tr", { class: "space", "aria-hidden": "true" }, make("td"));
     row.firstChild.style.height = `${count * ROW}px`;
     row.hidden = count === 0;
     return row;
