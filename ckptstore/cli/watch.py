@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import click
@@ -49,8 +49,36 @@ class Look:
     away_s: float = 0.0
 
     @property
-    def newest(self) -> Sequence[Checkpoint]:
+    def checkpoints(self) -> Sequence[Checkpoint]:
         return self.catalogue.checkpoints
+
+    # What follows takes a while for many, and a look is drawn often.
+
+    @cached_property
+    def best(self) -> Mapping[str, tuple[Checkpoint, str]]:
+        """For each metric the best checkpoint, and whether "min" or "max" is best."""
+        from ckptstore.tools.reportdata import bests
+
+        return bests(self.checkpoints)
+
+    @cached_property
+    def marks(self) -> Mapping[str, Sequence[str]]:
+        """What each checkpoint is, by id: the latest, a best one, held."""
+        marks = {c.id: ["latest"] for c in self.checkpoints[-1:]}
+        for name, (checkpoint, _) in self.best.items():
+            marks.setdefault(checkpoint.id, []).append(f"best {name}")
+        for name, id in sorted(self.holds.items()):
+            marks.setdefault(id, []).append(f"held: {name}")
+        return marks
+
+    @cached_property
+    def short(self) -> Mapping[str, str]:
+        """The beginning of each id that tells it from all others."""
+        return texts.short_ids(c.id for c in self.checkpoints)
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        return sum(c.stored_bytes - c.borrowed_bytes for c in self.checkpoints)
 
 
 class Watcher:
@@ -58,9 +86,7 @@ class Watcher:
 
     def __init__(self, store: Store, reopen: Callable[[], Store]) -> None:
         self._store, self._reopen = store, reopen
-        self._seen = store.catalogue()
-        self._holds: Mapping[str, str] = {}
-        self._lags: Sequence[Lag] = ()
+        self._seen = Look(store.catalogue(), {}, ())
         self._asked_s: float | None = None
         self._lost_s: float | None = None
 
@@ -69,13 +95,12 @@ class Watcher:
         try:
             self._refresh(self._store)
         except CheckpointError as error:
-            if self._found_anew():
-                return Look(self._seen, self._holds, self._lags)
-            now = time.monotonic()
-            self._lost_s = now if self._lost_s is None else self._lost_s
-            return Look(self._seen, self._holds, self._lags, str(error), now - self._lost_s)
+            if not self._found_anew():
+                now = time.monotonic()
+                self._lost_s = now if self._lost_s is None else self._lost_s
+                return replace(self._seen, away=str(error), away_s=now - self._lost_s)
         self._lost_s = None
-        return Look(self._seen, self._holds, self._lags)
+        return self._seen
 
     def _found_anew(self) -> bool:
         """Whether all is well with the store opened once more: a disk that was mounted again is another one."""
@@ -87,7 +112,7 @@ class Watcher:
                 store.close()
                 raise
             self._store.close()
-            self._store, self._lost_s = store, None
+            self._store = store
             return True
         return False
 
@@ -95,19 +120,19 @@ class Watcher:
         self._store.close()
 
     def _refresh(self, store: Store) -> None:
-        found = store.catalogue()
-        if found.highest is None and self._seen.highest is not None:
+        found, before = store.catalogue(), self._seen.catalogue
+        if found.highest is None and before.highest is not None:
             # An unmounted disk leaves an empty folder.
             raise NotFoundError(f"{store.url} is empty now, and wasn't before")
         now = time.monotonic()
-        if self._asked_s is None or _differs(found, self._seen) or now - self._asked_s >= _RARELY_S:
-            self._holds, self._lags = store.holds(), store.lags()
+        if self._asked_s is None or _differs(found, before) or now - self._asked_s >= _RARELY_S:
+            self._seen = Look(found, store.holds(), store.lags())
             self._asked_s = now
-        self._seen = found
 
 
 def _differs(found: Catalogue, before: Catalogue) -> bool:
-    return found.graves != before.graves or [c.id for c in found.checkpoints] != [c.id for c in before.checkpoints]
+    ids = [c.id for c in found.checkpoints] != [c.id for c in before.checkpoints]
+    return ids or found.graves != before.graves or found.damaged != before.damaged
 
 
 @click.command()
@@ -165,12 +190,12 @@ def _lines(watcher: Watcher, interval: float, last: int, *, once: bool, as_json:
     """A line for each of the ``last`` newest checkpoints, and for each that comes."""
     told: set[str] | None = None
     for look in looks(watcher, interval, once=once):
-        fresh = look.newest[max(len(look.newest) - last, 0) :] if told is None else look.newest
+        fresh = look.checkpoints[max(len(look.checkpoints) - last, 0) :] if told is None else look.checkpoints
         for checkpoint in fresh:
             if told is None or checkpoint.id not in told:
                 click.echo(_json_line(checkpoint, look) if as_json else plain(texts.one_line(checkpoint)))
         sys.stdout.flush()
-        told = {c.id for c in look.newest}
+        told = {c.id for c in look.checkpoints}
 
 
 def _json_line(checkpoint: Checkpoint, look: Look) -> str:

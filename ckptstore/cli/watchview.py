@@ -84,19 +84,19 @@ def _state(look: Look) -> list[RenderableType]:
     lines: list[RenderableType] = []
     if look.away is not None:
         lines.append(_line(Text(plain(f"away for {_age(look.away_s)}: {look.away}"), style="red")))
-    if not look.newest:
+    if not look.checkpoints:
         return [*lines, _line(Text("no checkpoint yet", style="dim"))]
-    newest = look.newest[-1]
+    newest = look.checkpoints[-1]
     parts = [f"step {newest.step:,}"]
     if newest.epoch is not None:
         parts.append(f"epoch {newest.epoch}")
     parts.append(f"saved {_age((datetime.now(UTC) - newest.created).total_seconds())} ago")
-    speed = _speed(look.newest)
+    speed = _speed(look.checkpoints)
     if speed is not None:
         parts.append(f"{speed:.3g} steps/s")
-    count = texts.count_text(len(look.newest), "checkpoint")
-    total = sum(c.stored_bytes - c.borrowed_bytes for c in look.newest)
-    return [*lines, _line(Text(" · ".join([*parts, f"{count}, {texts.size_text(total)}"])))]
+    count = texts.count_text(len(look.checkpoints), "checkpoint")
+    parts.append(f"{count}, {texts.size_text(look.stored_bytes)}")
+    return [*lines, _line(Text(" · ".join(parts)))]
 
 
 def _age(seconds: float) -> str:
@@ -119,7 +119,7 @@ def _metrics(look: Look, console: Console) -> list[RenderableType]:
     """A small line for each metric of the newest checkpoints, with its last value."""
     from rich.text import Text
 
-    recent = look.newest[-_RECENT:]
+    recent = look.checkpoints[-_RECENT:]
     names = list(dict.fromkeys(name for c in reversed(recent) for name in c.metrics))[:_METRICS]
     width = max((len(plain(name)) for name in names), default=0)
     width = min(width, max(console.width // 3, 4))
@@ -131,6 +131,9 @@ def _metrics(look: Look, console: Console) -> list[RenderableType]:
         line = Text(f"{plain(name)[:width]:<{width}} ")
         line.append(drawn, style="cyan")
         line.append(f" {values[-1]:.5g}")
+        if name in look.best:
+            best = look.best[name][0]
+            line.append(f", best {best.metrics[name]:.5g} at step {best.step:,}", style="dim")
         lines.append(_line(line))
     return lines
 
@@ -156,8 +159,6 @@ def sparkline(values: Sequence[float], bars: str = _BARS) -> str:
 def _table(look: Look, width: int, room: int) -> Table:
     from rich.text import Text
 
-    from ckptstore.tools.reportdata import bests
-
     columns = ["id", "step", "saved", "size"]
     if width >= _MEDIUM:
         columns.append("metrics")
@@ -166,16 +167,12 @@ def _table(look: Look, width: int, room: int) -> Table:
     made = table(*columns, right=("step", "size"))
     for column in made.columns:
         column.overflow = "ellipsis"
-    roles: dict[str, list[str]] = {c.id: ["latest"] for c in look.newest[-1:]}
-    for name, (checkpoint, _) in bests(look.newest).items():
-        roles.setdefault(checkpoint.id, []).append(f"best {name}")
     # On a narrow one only the time of day.
     when = 0 if width >= _MEDIUM else len("2026-01-31 ")
-    short = texts.short_ids(c.id for c in look.newest)
-    for checkpoint in look.newest[-room:]:
-        marks = roles.get(checkpoint.id, []) + [f"held: {name}" for name in texts.holds_of(checkpoint.id, look.holds)]
+    for checkpoint in look.checkpoints[-room:]:
+        marks = look.marks.get(checkpoint.id, ())
         cells = {
-            "id": short[checkpoint.id],
+            "id": look.short[checkpoint.id],
             "step": f"{checkpoint.step:,}",
             "saved": texts.time_text(checkpoint.created)[when:],
             "size": texts.size_text(checkpoint.stored_bytes),

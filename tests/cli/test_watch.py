@@ -143,13 +143,13 @@ def test_it_says_that_the_storage_is_away_and_goes_on(
         for _ in range(2):
             look = next(seen)
             assert look.away == "memory://watched doesn't answer"
-            assert [c.step for c in look.newest] == [1]
+            assert [c.step for c in look.checkpoints] == [1]
         assert asked
         unreachable(False)
         writer.save({"x": 1}, step=2)
         look = next(seen)
         assert look.away is None
-        assert [c.step for c in look.newest] == [1, 2]
+        assert [c.step for c in look.checkpoints] == [1, 2]
     said = capsys.readouterr().err.splitlines()
     assert said == ["warning: memory://watched doesn't answer; waiting for it", "it is there again"]
 
@@ -185,12 +185,12 @@ def test_a_disk_that_is_gone_is_no_empty_store(url: str, ids: list[str], tmp_pat
         for _ in range(2):
             look = watcher.look()
             assert how in str(look.away)
-            assert [c.id for c in look.newest] == ids
+            assert [c.id for c in look.checkpoints] == ids
         shutil.copytree(tmp_path / "kept", url, dirs_exist_ok=True)
         fourth = save(url, 40)
         look = watcher.look()
         assert look.away is None
-        assert [c.id for c in look.newest] == [*ids, fourth]
+        assert [c.id for c in look.checkpoints] == [*ids, fourth]
         watcher.close()
 
 
@@ -290,7 +290,7 @@ def test_the_picture_says_what_matters(look: Look) -> None:
     text = picture_of(look, 140)
 
     assert "step 30 · epoch 3 · saved" in text
-    assert re.search(r"val_loss +█▁▅ 2$", text, re.MULTILINE)
+    assert re.search(r"val_loss +█▁▅ 2, best 1 at step 20$", text, re.MULTILINE)
     rows = {line.split()[1]: line for line in text.splitlines() if line.startswith("000")}
     assert rows.keys() == {"10", "20", "30"}
     assert "best val_loss" in rows["20"]
@@ -316,7 +316,7 @@ def test_it_is_no_higher_than_the_terminal(url: str) -> None:
 
 def test_what_is_wrong_is_said(look: Look) -> None:
     bad = replace(look.catalogue, damaged=[Damage("commits/x.json", "torn")])
-    lag = Lag("s3://copy", 1, 2, 3_000_000, look.newest[0].created)
+    lag = Lag("s3://copy", 1, 2, 3_000_000, look.checkpoints[0].created)
     text = picture_of(replace(look, catalogue=bad, lags=[lag], away="it doesn't answer", away_s=75.0))
 
     assert "away for 75s: it doesn't answer" in text

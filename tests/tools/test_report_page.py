@@ -286,12 +286,14 @@ def test_what_rules_do_stands_in_a_table(shown: Page, usual: Path) -> None:
 
 
 def test_it_can_be_printed(shown: Page, usual: Path) -> None:
-    """All rows, and all charts, also those that nobody has scrolled to."""
+    """All rows, and all charts, also those that nobody has scrolled to; in light colours."""
     shown.open(usual)
-    shown.js("dispatchEvent(new Event('beforeprint'))")
+    shown.js("setTheme('dark'); dispatchEvent(new Event('beforeprint'))")
     assert len(shown.steps()) == 57
     assert shown.js("return charts.every(chart => chart.drawn)")
+    assert shown.js("return [isDark(), byId('speed').layout.xaxis.gridcolor]") == [False, "#eceff2"]
     shown.js("dispatchEvent(new Event('afterprint'))")
+    assert shown.js("return isDark()")
 
 
 def test_even_what_got_in_could_neither_run_nor_send(browser: Chrome, usual: Path) -> None:

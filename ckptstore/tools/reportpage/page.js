@@ -83,6 +83,24 @@ function beginRetention() {
   selection.watchers.push(() => made.mark());
 }
 
+// On paper all is light, and there: what nobody has scrolled to, too.
+function beginPrinting() {
+  const { dataset } = document.documentElement;
+  dataset.before = dataset.theme ?? "";
+  dataset.theme = "light";
+  beginCharts();
+  for (const chart of charts) chart.redraw();
+  for (const one of tables) one.fill({ all: true });
+}
+
+function endPrinting() {
+  const { dataset } = document.documentElement;
+  if (dataset.before) dataset.theme = dataset.before;
+  else delete dataset.theme;
+  setTheme(null);
+  for (const one of tables) { one.first = -1; one.fill(); }
+}
+
 function begin() {
   for (const element of document.querySelectorAll("[data-age]")) element.textContent = age(element.dataset.age);
   beginTable();
@@ -96,8 +114,8 @@ function begin() {
   byId("theme").addEventListener("click", () => { const theme = isDark() ? "light" : "dark"; remember(theme); setTheme(theme); });
   themes.system.addEventListener("change", () => setTheme(null));
   addEventListener("resize", redrawn);
-  addEventListener("beforeprint", () => { beginCharts(); for (const chart of charts) chart.redraw(); table.fill({ all: true }); });
-  addEventListener("afterprint", () => { table.first = -1; table.fill(); });
+  addEventListener("beforeprint", beginPrinting);
+  addEventListener("afterprint", endPrinting);
   document.documentElement.dataset.ready = "yes";
   requestAnimationFrame(() => setTimeout(beginCharts));
 }

@@ -2,6 +2,8 @@
 
 const ROW = 30;
 const SPARE = 8;
+const PRINTED = 500; // So many rows go on paper at most.
+const tables = [];
 
 class Table {
   // Columns: {name, of(row), text(row), cell(row), right, wide, width}; `of` is what it is sorted by.
@@ -23,6 +25,7 @@ class Table {
     this.body.addEventListener("keydown", (event) => this.walk(event));
     new ResizeObserver(() => this.fill()).observe(this.view);
     this.arrange();
+    tables.push(this);
   }
 
   classOf(column) { return [column.right ? "right" : "", column.wide ? "wide" : "", column.id ? "id" : ""].filter(Boolean).join(" ") || null; }
@@ -68,7 +71,7 @@ class Table {
   fill({ all = false } = {}) {
     const height = this.view.clientHeight || 600;
     const first = all ? 0 : Math.max(Math.floor(this.view.scrollTop / ROW) - SPARE, 0);
-    const last = Math.min(all ? 500 : Math.ceil((this.view.scrollTop + height) / ROW) + SPARE, this.shown.length);
+    const last = Math.min(all ? PRINTED : Math.ceil((this.view.scrollTop + height) / ROW) + SPARE, this.shown.length);
     if (first === this.first && last === this.last) return;
     const hadFocus = this.body.contains(document.activeElement);
     [this.first, this.last] = [first, last];
