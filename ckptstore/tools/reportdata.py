@@ -48,8 +48,11 @@ def document(survey: Survey) -> Document:
 
 def bests(there: Sequence[Checkpoint]) -> dict[str, tuple[Checkpoint, str]]:
     """For each metric the best checkpoint, and whether "min" or "max" is best."""
-    names = dict.fromkeys(name for c in there for name in c.metrics)
-    found = ((name, best_of(there, name)) for name in names)
+    having: dict[str, list[Checkpoint]] = {}
+    for checkpoint in there:
+        for name in checkpoint.metrics:
+            having.setdefault(name, []).append(checkpoint)
+    found = ((name, best_of(those, name)) for name, those in having.items())
     return {name: best for name, best in found if best is not None}
 
 

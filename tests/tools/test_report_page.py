@@ -238,11 +238,12 @@ def test_the_timeline_is_walked_by_keys(shown: Page, usual: Path) -> None:
     shown.open(usual)
     shown.js("timeline.lane = 0; byId('timeline').focus({preventScroll: true})")
     shown.keys(Keys.ARROW_DOWN)
-    assert shown.texts("#said") == ["row best by val_loss"]
+    assert shown.texts("#said")[0].startswith("row best by val_loss: step ")
     assert "best val_loss" in shown.js("return saves[selection.place].roles")
     shown.js("timeline.lane = report.lanes.findIndex(lane => lane.name === 'every 250 steps'); select(10)")
     shown.keys(Keys.ARROW_RIGHT)
     assert shown.js("return selection.place") == 11
+    assert shown.texts("#said")[0].startswith("step 3,000, every 250 steps")
     shown.keys(Keys.HOME)
     assert shown.js("return selection.place") == 0
     shown.keys(Keys.END, Keys.ARROW_LEFT)

@@ -39,7 +39,7 @@ function beginTable() {
   const rows = saves.filter(isKnown);
   table = new Table(byId("table"), rows, columnsOf(rows), {
     label: "All checkpoints", sortBy: 0, down: true, name: "No checkpoint matches.",
-    choose: (save) => { select(save.place); say(`selected ${save.label}`); },
+    choose: (save) => { select(save.place); say(`selected ${inWords(save)}`); },
   });
   // Written once: a filter is asked at every key.
   const words = rows.map((save) => {

@@ -84,16 +84,19 @@ function walkTimeline(event) {
     const here = selection.place ?? lane[lane.length - 1];
     // The nearest one of that row.
     select(lane.reduce((best, place) => (Math.abs(place - here) < Math.abs(best - here) ? place : best), lane[0]));
-    say(`row ${lanes[timeline.lane].name}`);
+    say(`row ${lanes[timeline.lane].name}: ${inWords(saves[selection.place])}`);
   } else {
     const lane = lanes[timeline.lane].saves.includes(selection.place) ? lanes[timeline.lane].saves : allKnown();
     const at = selection.place === null ? (event.key === "ArrowRight" ? -1 : lane.length) : lane.indexOf(selection.place);
     const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: lane.length - 1 }[event.key];
     if (next === undefined) return;
     select(lane[Math.min(Math.max(next, 0), lane.length - 1)]);
+    say(inWords(saves[selection.place]));
   }
   event.preventDefault();
 }
+
+const inWords = (save) => [`step ${count(save.step)}`, ...save.roles, ...save.reasons, save.status === "there" ? save.label : `${save.label}, ${save.status}`].join(", ");
 
 function allKnown() { return saves.filter(isKnown).map((save) => save.place); }
 
