@@ -172,8 +172,8 @@ def watch(
     reopen = partial(open, url, backup=backups, read_only=True)
     # To end it by Ctrl-C is what it is made for.
     with (
-        looking(url, backups) as (store, catalogue),
         suppress(KeyboardInterrupt),
+        looking(url, backups) as (store, catalogue),
         closing(Watcher(store, reopen)) as watcher,
     ):
         if sys.stdout.isatty() and not as_json:
@@ -182,8 +182,8 @@ def watch(
             show(store.url, watcher, interval, once=once)
         else:
             _lines(watcher, interval, last, once=once, as_json=as_json)
-    if once and catalogue.damaged:
-        ctx.exit(BAD_NEWS)
+        if once and catalogue.damaged:
+            ctx.exit(BAD_NEWS)
 
 
 def _lines(watcher: Watcher, interval: float, last: int, *, once: bool, as_json: bool) -> None:
