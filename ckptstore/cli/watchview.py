@@ -6,7 +6,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,11 @@ _SPARKS = 40
 _METRICS = 6
 _RECENT = 200
 """So many of the newest are looked at for what is drawn: steps per second, and lines of metrics."""
-_MEDIUM, _WIDE = 70, 100
-"""Columns of a terminal from which more of the table is shown."""
+_MEDIUM = 70
+"""Columns of a terminal from which dates are shown."""
+_GAP = 2
+_CUT, _CUT_LEAST = ("metrics", "why"), 12
+"""What may be cut, and not to less than that."""
 _TICK_S = 1.0
 """How often it is drawn while nothing happens, so that ages go on."""
 
@@ -159,25 +162,38 @@ def sparkline(values: Sequence[float], bars: str = _BARS) -> str:
 def _table(look: Look, width: int, room: int) -> Table:
     from rich.text import Text
 
-    columns = ["id", "step", "saved", "size"]
-    if width >= _MEDIUM:
-        columns.append("metrics")
-    if width >= _WIDE:
-        columns.append("why")
-    made = table(*columns, right=("step", "size"))
-    for column in made.columns:
-        column.overflow = "ellipsis"
     # On a narrow one only the time of day.
     when = 0 if width >= _MEDIUM else len("2026-01-31 ")
-    for checkpoint in look.checkpoints[-room:]:
-        marks = look.marks.get(checkpoint.id, ())
-        cells = {
+    rows = [
+        {
             "id": look.short[checkpoint.id],
             "step": f"{checkpoint.step:,}",
             "saved": texts.time_text(checkpoint.created)[when:],
             "size": texts.size_text(checkpoint.stored_bytes),
-            "metrics": texts.metrics_text(checkpoint.metrics),
-            "why": ", ".join([*marks, *checkpoint.reasons]),
+            "metrics": plain(texts.metrics_text(checkpoint.metrics)),
+            "why": plain(", ".join([*look.marks.get(checkpoint.id, ()), *checkpoint.reasons])),
         }
-        made.add_row(*(Text(plain(cells[name])) for name in columns), style="bold" if marks else "")
+        for checkpoint in look.checkpoints[-room:]
+    ]
+    widths = _widths(rows, width)
+    made = table(*widths, right=("step", "size"))
+    for column, wanted in zip(made.columns, widths.values(), strict=True):
+        column.width, column.overflow = wanted, "ellipsis"
+    for checkpoint, row in zip(look.checkpoints[-room:], rows, strict=True):
+        made.add_row(*(Text(row[name]) for name in widths), style="bold" if checkpoint.id in look.marks else "")
     return made
+
+
+def _widths(rows: Sequence[Mapping[str, str]], width: int) -> dict[str, int]:
+    """The columns that there is room for, and how wide each is: only the last ones are ever cut."""
+    from rich.cells import cell_len
+
+    widths: dict[str, int] = {}
+    for name in ("id", "step", "saved", "size", "metrics", "why"):
+        wanted = max([len(name), *(cell_len(row[name]) for row in rows)])
+        left = width - sum(widths.values()) - _GAP * len(widths)
+        if wanted <= left or (name in _CUT and left >= _CUT_LEAST) or not widths:
+            widths[name] = min(wanted, left)
+        elif name not in _CUT:
+            break
+    return widths
