@@ -27,6 +27,7 @@ from ckptstore.format.records import (
 from ckptstore.tools.survey import Survey
 
 STORE_ID = "5" * 32
+HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="hacked=1">\'\u2028&lt;{{ 7*7 }}'
 MANIFEST_BYTES = 800
 BEGIN = datetime(2026, 1, 31, 12, tzinfo=UTC)
 

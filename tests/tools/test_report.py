@@ -27,9 +27,7 @@ from ckptstore.tools import report as reporting
 from ckptstore.tools.report import MARK, in_script, page, report
 from ckptstore.tools.reportdata import document
 from ckptstore.tools.survey import survey
-from tests.tools.fabricated import STORE_ID, Fake, fabricate, run, size_file
-
-HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="hacked=1">\'\u2028&lt;{{ 7*7 }}'
+from tests.tools.fabricated import HOSTILE, STORE_ID, Fake, fabricate, run, size_file
 
 
 def shown(root: Path, keep: str | None = None) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from ckptstore.policy.text import parse_keep
 from ckptstore.tools.report import page
 from ckptstore.tools.reportdata import document
 from ckptstore.tools.survey import survey
-from tests.tools.fabricated import Fake, fabricate, run, surveyed
-from tests.tools.test_report import HOSTILE
+from tests.tools.fabricated import HOSTILE, Fake, fabricate, run, surveyed
 
 webdriver = pytest.importorskip("selenium.webdriver")
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
