@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _RARELY_S = 30.0
 """Holds and receipts are looked at so often while no checkpoint comes or goes."""
 _SHORTEST_S = 0.1
+_DUMB = ("dumb", "unknown")
+"""Terminals where nothing can be drawn over: they get lines, as a pipe does."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def watch(
         looking(url, backups) as (store, catalogue),
         closing(Watcher(store, reopen)) as watcher,
     ):
-        if sys.stdout.isatty() and not as_json:
+        if sys.stdout.isatty() and not as_json and os.environ.get("TERM") not in _DUMB:
             from ckptstore.cli.watchview import show
 
             show(store.url, watcher, interval, once=once)

@@ -120,18 +120,19 @@ def _speed(checkpoints: Sequence[Checkpoint]) -> float | None:
 
 def _metrics(look: Look, console: Console) -> list[RenderableType]:
     """A small line for each metric of the newest checkpoints, with its last value."""
+    from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
     recent = look.checkpoints[-_RECENT:]
     names = list(dict.fromkeys(name for c in reversed(recent) for name in c.metrics))[:_METRICS]
-    width = max((len(plain(name)) for name in names), default=0)
+    width = max((cell_len(plain(name)) for name in names), default=0)
     width = min(width, max(console.width // 3, 4))
     bars = _BARS if console.encoding.lower().startswith("utf") else _PLAIN_BARS
     lines: list[RenderableType] = []
     for name in names:
         values = [c.metrics[name] for c in recent if name in c.metrics]
         drawn = sparkline(values[-max(min(_SPARKS, console.width - width - 12), 4) :], bars)
-        line = Text(f"{plain(name)[:width]:<{width}} ")
+        line = Text(f"{set_cell_size(plain(name), width)} ")
         line.append(drawn, style="cyan")
         line.append(f" {values[-1]:.5g}")
         if name in look.best:

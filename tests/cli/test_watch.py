@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 import ckptstore
@@ -264,6 +265,14 @@ def test_it_is_drawn_anew_until_ctrl_c(url: str, ids: list[str]) -> None:
     assert seen.rstrip().endswith("\x1b[?25h")
 
 
+def test_a_dumb_terminal_gets_lines(url: str, ids: list[str]) -> None:
+    code, seen = drawn(url, "--once", columns=80, TERM="dumb")
+
+    assert code == 0
+    assert [line.split()[0] for line in seen.splitlines()] == ids
+    assert "\x1b" not in seen
+
+
 def test_once_in_a_narrow_terminal_without_colours(url: str) -> None:
     code, seen = drawn(url, "--once", columns=40, NO_COLOR="1")
 
@@ -299,15 +308,18 @@ def test_the_picture_says_what_matters(look: Look) -> None:
 
 
 @pytest.mark.parametrize("columns", [12, 24, 40, 80, 200])
-def test_no_line_is_wider_than_the_terminal(look: Look, columns: int) -> None:
-    lines = picture_of(look, columns).splitlines()
+def test_no_line_is_wider_than_the_terminal(url: str, columns: int) -> None:
+    """Also where letters take two columns."""
+    with ckptstore.open(url) as store:
+        store.save({"x": 1}, step=40, metrics={"損失": 0.5}, reasons=["評価の後に保存" * 9])
+        lines = picture_of(watcher_of(store).look(), columns).splitlines()
 
-    assert all(len(line.rstrip()) <= columns for line in lines)
-    rows = [line.split() for line in lines if line.startswith("0001-")]
+    assert all(cell_len(line.rstrip()) <= columns for line in lines)
+    rows = [line.split() for line in lines if line.startswith("000")]
     # What can't be seen whole, of ids, steps, times and sizes, isn't shown.
-    assert [row[0] for row in rows] == ["0001-000001", "0001-000002", "0001-000003"]
+    assert [row[0] for row in rows] == ["0001-000001", "0001-000002", "0001-000003", "0002-000004"]
     assert all("…" not in "".join(row[:4]) for row in rows)
-    assert [row[1:2] for row in rows] == ([[]] * 3 if columns == 12 else [["10"], ["20"], ["30"]])
+    assert [row[1:2] for row in rows] == ([[]] * 4 if columns == 12 else [["10"], ["20"], ["30"], ["40"]])
 
 
 def test_it_is_no_higher_than_the_terminal(store_path: Path) -> None:
