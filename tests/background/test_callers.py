@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import ckptstore as cs
-
-ROOT = Path(cs.__file__).parents[1]
+from tests.background import scripts
 
 PROLOGUE = """
 import atexit, sys, threading, time
@@ -42,9 +38,7 @@ def save():
 
 def run(code: str, *arguments: str) -> None:
     """A script that ends well, and not by being ended."""
-    command = [sys.executable, "-c", PROLOGUE + code, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = scripts.run(PROLOGUE + code, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
 
 

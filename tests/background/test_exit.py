@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 import ckptstore as cs
-
-ROOT = Path(cs.__file__).parent.parent
+from tests.background import scripts
 
 PROLOGUE = """
 import os, signal, sys, threading, time
@@ -87,10 +84,7 @@ ENDS: dict[str, tuple[str, int, bool]] = {
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script; one that hangs fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROLOGUE + textwrap.dedent(code), *arguments]
-    # Ctrl-C must reach it also where the tests run in the background, which makes children ignore it.
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return scripts.run(PROLOGUE + textwrap.dedent(code), *arguments)
 
 
 SAMPLED = {"SIGKILL"}
