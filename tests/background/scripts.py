@@ -33,14 +33,18 @@ import torch, torch.utils.data, ckptstore, ckptstore.engine.loader, ckptstore.st
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 ckptstore.open("memory://warm")
+import tests.frozen
 """
 """Imports also what is imported at the first use, and begins no thread."""
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, with ``arguments`` in ``sys.argv``; one that hangs fails."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, tempfile.TemporaryFile() as out:
-        errors = tempfile.TemporaryFile()
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as errors,
+    ):
         asking.connect(_server())
         job = json.dumps({"code": code, "arguments": arguments}).encode()
         socket.send_fds(asking, [job], [out.fileno(), errors.fileno()])
@@ -50,7 +54,6 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             raise subprocess.TimeoutExpired(code, TIMEOUT_S)
         code_found = int(asking.recv(100))
         texts = [_text(out), _text(errors)]
-        errors.close()
     return subprocess.CompletedProcess([code, *arguments], code_found, *texts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import ckptstore as cs
+from tests.forked import preload
 from tests.trainer import processes
 from tests.trainer.processes import check_same
 from tests.trainer.processes import run as run_plain
@@ -27,9 +27,7 @@ from ckptstore.integrations.accelerate import CkptStoreState
 from ckptstore.trainer.prepared import unwrapped
 from tests.integrations import accelerate_program
 
-CONTEXT = multiprocessing.get_context("forkserver")
-# The compiler takes a second to import, and each optimizer does it.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.integrations.accelerate_program"])
+preload("tests.integrations.accelerate_program")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"save": "every(steps=2)"},

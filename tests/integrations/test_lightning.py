@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import subprocess
 import sys
 import warnings
@@ -20,6 +19,7 @@ from torch import distributed
 
 import ckptstore as cs
 from ckptstore.errors import ExistsError, FormatError, NotFoundError, StateError
+from tests.forked import preload
 from tests.ranks import processes as ranks
 from tests.trainer import processes
 from tests.trainer.processes import check_same
@@ -33,8 +33,7 @@ from ckptstore.integrations.lightning_io import join, split
 from tests.integrations import lightning_program
 from tests.integrations.lightning_program import Model, Options, trainer_of
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.integrations.lightning_program"])
+preload("tests.integrations.lightning_program")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

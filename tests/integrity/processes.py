@@ -1,4 +1,4 @@
-"""What other processes do to a store at the same time. Run by ``multiprocessing`` with spawn; needs no pytest."""
+"""What other processes do to a store at the same time. Run by ``multiprocessing``; needs no pytest."""
 
 from __future__ import annotations
 

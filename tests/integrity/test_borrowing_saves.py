@@ -16,11 +16,12 @@ import pytest
 from ckptstore.engine import saver
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.errors import CommitUnknownError, NotFoundError, SaveFailedError, StorageError
+from tests.forked import CONTEXT
 from tests.integrity.borrowing import interrupted
 from tests.integrity.crash import Crash
 from tests.integrity.processes import reap, tune, tuned, tuned_tensors
 from tests.integrity.stores import FolderRaw, MemoryRaw, Raw, opened, read, save
-from tests.integrity.test_races import SPAWN, run
+from tests.integrity.test_races import run
 
 GRACE_S = 3600.0
 """Tombstones are made older here, unfinished saves are younger."""
@@ -226,7 +227,7 @@ def test_a_look_after_the_commit_that_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_processes_that_save_delete_and_prune(store_path: Path, full: bool) -> None:
     """One saves what is mostly frozen, two delete at random and reclaim at once: what was acknowledged is whole."""
-    count, url, ready = (400 if full else 60), str(store_path), {"ready": SPAWN.Barrier(3), "done": SPAWN.Event()}
+    count, url, ready = (400 if full else 60), str(store_path), {"ready": CONTEXT.Barrier(3), "done": CONTEXT.Event()}
     (acknowledged, borrowed, failed), *reaped = run(
         (tune, (url, count), ready), (reap, (url, 1), ready), (reap, (url, 2), ready)
     )

@@ -22,10 +22,11 @@ from ckptstore.errors import (
 )
 from ckptstore.format.layout import parse_id
 from ckptstore.store import Store
+from tests.forked import CONTEXT, preload
 from tests.integrity import processes
 from tests.integrity.stores import GOOD, NEW, MemoryRaw, flat, opened, read, save, state
 
-SPAWN = multiprocessing.get_context("spawn")
+preload("tests.integrity.processes")
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def raw() -> MemoryRaw:
 
 def run(*works: tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]) -> list[Any]:
     """Each work in a process of its own, all at the same time; what they gave."""
-    queues = [SPAWN.Queue() for _ in works]
+    queues = [CONTEXT.Queue() for _ in works]
     started = [
-        SPAWN.Process(target=work, args=(args[0], queue, *args[1:]), kwargs=options)
+        CONTEXT.Process(target=work, args=(args[0], queue, *args[1:]), kwargs=options)
         for (work, args, options), queue in zip(works, queues, strict=True)
     ]
     for process in started:
@@ -91,7 +92,7 @@ def test_readers_while_a_writer_saves_deletes_and_prunes(store_path: Path, full:
     with opened(url) as store:
         save(store, state(processes.tensors_of(0)), 0)
     # The readers have imported all they need when the writer begins.
-    ready = {"ready": SPAWN.Barrier(3)}
+    ready = {"ready": CONTEXT.Barrier(3)}
     written, *readers = run(
         (processes.churn, (url, count), ready),
         (processes.follow, (url, count), ready),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import time
@@ -12,8 +11,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.ranks.preload"])
+from tests.forked import CONTEXT, preload
+
+preload("tests.ranks.preload")
 TIMEOUT_S = 120
 FAILED_S = 10
 

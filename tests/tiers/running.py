@@ -1,4 +1,4 @@
-"""A run in a process of its own, which saves when it is told to. Run by ``multiprocessing`` with spawn."""
+"""A run in a process of its own, which saves when it is told to. Run by ``multiprocessing``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.forked import CONTEXT, preload
 from tests.integrity.stores import FolderRaw, flat, opened, silence
 from tests.tiers.running import content, run
 from tests.tiers.scenes import opened_with, tidy
 
-SPAWN = multiprocessing.get_context("spawn")
+preload("tests.tiers.running")
 HANG_S = 120.0
 
 
@@ -97,9 +97,9 @@ class Run:
 
 @contextmanager
 def started(url: Path, backup: Path, number: int, first: int, durable: str, keep: int | None) -> Iterator[Run]:
-    ours, theirs = SPAWN.Pipe()
+    ours, theirs = CONTEXT.Pipe()
     args = (str(url), str(backup), number, first, durable, keep, theirs)
-    process = SPAWN.Process(target=run, args=args, daemon=True)
+    process = CONTEXT.Process(target=run, args=args, daemon=True)
     process.start()
     theirs.close()
     try:

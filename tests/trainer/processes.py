@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tests.forked import CONTEXT, preload
 from tests.trainer import program
 from tests.trainer.program import Options
 
-CONTEXT = multiprocessing.get_context("forkserver")
-# The compiler takes a second to import, and each optimizer does it.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.trainer.program"])
+preload("tests.trainer.program")
 TIMEOUT_S = 120
 
 
