@@ -86,7 +86,7 @@ SMALL: dict[str, Measure] = {
     "scale": lambda folder: scale.measure(folder, 1, sizes=(2, 3)),
     "s3": buckets,
 }
-LONG = ("ranks", "s3")
+LONG = ("ranks", "s3", "trainer")
 
 
 def test_none_is_left_out() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
 import ckptstore
@@ -42,5 +44,9 @@ def main(url: str, options: str, first: int, backup: str) -> int:
             step += 1
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+def tell(pipe: Connection, environment: dict[str, str], *options: Any) -> None:
+    """``main`` in a process that was forked; what it prints goes to ``pipe``."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdout = open(pipe.fileno(), "w", closefd=False)  # noqa: SIM115
+    sys.exit(main(*options))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import ckptstore
 from ckptstore.format.layout import parse_id
 from ckptstore.storage.s3 import S3Storage
 from ckptstore.store import Store
 from tests.faults.outcome import read
 from tests.faults.worker import tensors
+from tests.forked import CONTEXT, preload
+from tests.s3.writer import tell
+
+preload("ckptstore.storage.s3", "tests.s3.writer")
 
 
 class Writer:
@@ -29,38 +29,41 @@ class Writer:
         self.saved: list[str] = []
         self.unknown: list[str] = []
         self.stale = False
-        environment = os.environ | {"PYTHONPATH": str(Path(ckptstore.__file__).parents[1])}
-        command = [sys.executable, "-m", "tests.s3.writer", url, json.dumps(options), str(first), backup]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self._told, pipe = CONTEXT.Pipe(duplex=False)
+        arguments = (pipe, dict(os.environ), url, json.dumps(options), first, backup)
+        self.process = CONTEXT.Process(target=tell, args=arguments)
+        self.process.start()
+        pipe.close()
         self._listener = threading.Thread(target=self._listen)
         self._listener.start()
 
     def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            word, _, what = line.strip().partition(" ")
-            if word == "saved":
-                self.saved.append(what)
-            elif word == "unknown":
-                self.unknown.append(what)
-            self.stale = self.stale or word == "stale"
+        with open(self._told.fileno(), closefd=False) as lines:
+            for line in lines:
+                word, _, what = line.strip().partition(" ")
+                if word == "saved":
+                    self.saved.append(what)
+                elif word == "unknown":
+                    self.unknown.append(what)
+                self.stale = self.stale or word == "stale"
 
     def wait_saved(self, count: int) -> None:
         """Return when it has saved that many, or ended."""
-        while len(self.saved) < count and self.process.poll() is None:
+        while len(self.saved) < count and self.process.is_alive():
             time.sleep(0.02)
         assert len(self.saved) >= count
 
     def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def end(self) -> int:
         """Its exit status, once it has ended."""
-        status = self.process.wait()
+        self.process.join()
         self._listener.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return status
+        self._told.close()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
 
 @contextmanager
@@ -69,7 +72,7 @@ def writing(url: str, options: dict[str, Any], first: int, backup: str = "") -> 
     try:
         yield writer
     finally:
-        if writer.process.poll() is None:
+        if writer.process.is_alive():
             writer.signal(signal.SIGKILL)
         writer.end()
 
