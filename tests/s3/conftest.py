@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
+from functools import partial
+from unittest import mock
 from uuid import uuid4
 
 import pytest
 
 pytest.importorskip("s3fs", reason="there is no s3fs: pip install 'ckptstore[s3]'")
 
+from botocore.loaders import JSONFileLoader
+
 from tests.s3.seaweed import ACCESS, SECRET, Seaweed, binary
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _described_once() -> Iterator[None]:
+    """A new client reads a megabyte of JSON that says what S3 is, and hundreds are made here."""
+    known = functools.cache(partial(JSONFileLoader.load_file, JSONFileLoader()))
+    with mock.patch.object(JSONFileLoader, "load_file", lambda self, file_path: known(file_path)):
+        yield
 
 
 @pytest.fixture(scope="session")
