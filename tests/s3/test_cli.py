@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 import ckptstore
 from ckptstore.cli.main import cli
 from tests.cli.conftest import Answer, Run, interrupt, process, started, state
+from tests.s3.proxy import Upstream
 from tests.s3.seaweed import READER, READER_SECRET, SECRET, Seaweed
+from tests.s3.wire import FaultyServer
 
 LOOKING = ("ls", "show", "verify")
 
@@ -70,6 +73,32 @@ def test_looking(run: Run, url: str, contents: Callable[[str], dict[str, Any]]) 
     assert run("verify", url, "--no-record").stdout.startswith("good: 3 checkpoints")
     assert run("verify", url, "latest", "--sample", "50%", "--no-record").stdout.startswith("good: 1 checkpoint")
     assert contents(url) == before
+
+
+LEAVING_DATA = {
+    "ls": ("commits",),
+    "report": ("commits",),
+    "watch": ("commits",),
+    "show": ("commits", "manifest", "part"),
+    "du": ("commits", "manifest", "part"),
+}
+"""What each command may read, of the objects of checkpoints."""
+
+
+@pytest.mark.parametrize("command", LEAVING_DATA)
+def test_looking_reads_no_tensor_data(
+    command: str, run: Run, url: str, server: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen by what stands between the command and a real server."""
+    options = {"report": ("-o", str(tmp_path / "report.html")), "watch": ("--once",)}
+    with FaultyServer(Upstream(server.endpoint)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        assert run(command, url, *options.get(command, ())).exit_code == 0
+    read = [request.key for request in proxy.requests if request.operation == "Get"]
+    assert read
+    of_checkpoints = [key for key in read if "/commits/" in key or "/checkpoints/" in key]
+    assert of_checkpoints
+    assert all(any(part in key for part in LEAVING_DATA[command]) for key in of_checkpoints), of_checkpoints
 
 
 def test_keeping(run: Run, url: str) -> None:
