@@ -209,6 +209,10 @@ def test_a_broken_one_does_not_keep_the_others_away(tmp_path: Path, store: cs.St
         (3, type(None)),
     ]
     assert [one.step for one in store.checkpoints()] == [1, 3]
+    # Mended, it comes after the newer one, from which a run should go on.
+    torch.save({"w": torch.full((400,), 2), "step": 2}, tmp_path / "step_2.pt")
+    with pytest.warns(UserWarning, match=r"is now step 2, and .* of step 3 is there, too"):
+        assert [one.step for one in cs.import_from(tmp_path, store).checkpoints] == [2]
     # Cut off, it doesn't even tell its step: it might be the newest.
     (tmp_path / "step_2.pt").write_bytes(data[:-100])
     report = cs.import_from(tmp_path, store, only_latest=True, again=True)

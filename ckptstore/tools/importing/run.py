@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,7 +167,23 @@ def import_found(
         if item.problem is not None and len(found) == 1:
             raise item.problem
         done.append(item)
-    return ImportReport(done, time.perf_counter() - began)
+    report = ImportReport(done, time.perf_counter() - began)
+    if report.checkpoints:
+        _warn_of_order(store)
+    return report
+
+
+def _warn_of_order(store: Store) -> None:
+    """Say so where the latest is now one of fewer steps, as where older ones were imported after newer ones."""
+    *others, latest = store.checkpoints()
+    ahead = max(others, key=lambda one: one.step, default=latest)
+    if ahead.step > latest.step:
+        warnings.warn(
+            f"the latest in {store.url} is now step {latest.step}, and {ahead.id} of step {ahead.step} is there, too: "
+            f"if a run shall go on from that, ckptstore rollback {store.url} {ahead.id}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _surveyed(
