@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
     from ckptstore.tools.bisect import Bisection, bisect
+    from ckptstore.tools.export import ExportReport, export
     from ckptstore.tools.importing.run import Imported, ImportReport, import_from
     from ckptstore.tools.report import report
     from ckptstore.tools.usage import Usage, usage
@@ -83,6 +84,7 @@ __all__ = [
     "DamageWarning",
     "DivergedError",
     "ExistsError",
+    "ExportReport",
     "Failed",
     "FallbackWarning",
     "FormatError",
@@ -129,6 +131,7 @@ __all__ = [
     "epochs",
     "every",
     "every_kept",
+    "export",
     "fence",
     "foresee",
     "import_from",
@@ -175,6 +178,7 @@ _HOMES = {
     "ckptstore.tools.report": ("report",),
     "ckptstore.tools.usage": ("Usage", "usage"),
     "ckptstore.tools.importing.run": ("ImportReport", "Imported", "import_from"),
+    "ckptstore.tools.export": ("ExportReport", "export"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -148,7 +148,7 @@ def test_public_names() -> None:
         SaveHandle TornReadWarning fence open register_type CopyReport Lag at every epoch_plan on_best milestones
         budget last best epochs every_kept within tagged at_most Length Progress Past Costs foresee Plan Verdict
         Judgement DivergedError diverged Verification Usage usage Bisection bisect
-        ImportReport Imported import_from report"""
+        ImportReport Imported import_from report ExportReport export"""
     assert sorted(ckptstore.__all__) == sorted(expected.split())
     for name in ckptstore.__all__:
         thing = getattr(ckptstore, name)

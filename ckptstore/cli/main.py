@@ -24,6 +24,7 @@ _HOMES = {
     "bisect": "bisect",
     "copy": "copy",
     "import": "import_",
+    "export": "export",
     "hold": "hold",
     "release": "hold",
     "delete": "delete",

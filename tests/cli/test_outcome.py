@@ -24,6 +24,7 @@ COMMANDS = {
     "bisect": ("--good", "step:10", "--bad", "latest", "true"),
     "copy": ("memory://target of a copy",),
     "import": ("memory://target of an import",),
+    "export": ("--to", "torch", "-o", "export"),
     "hold": ("latest", "name"),
     "release": ("name",),
     "delete": ("latest", "--yes"),
