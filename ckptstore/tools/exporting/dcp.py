@@ -1,8 +1,9 @@
-"""A folder that ``torch.distributed.checkpoint`` loads, written by its own writer of files, a chunk at a time."""
+"""A folder that ``torch.distributed.checkpoint`` loads, written a chunk at a time."""
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -14,26 +15,29 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from ckptstore.engine.tensorreader import TensorReader
-from ckptstore.engine.workers import Meter, Progress
+from ckptstore.engine.workers import Meter, Progress, default_threads, run
 from ckptstore.errors import StateError
 from ckptstore.state.tensors import TensorSpec
 from ckptstore.state.values import Json
-from ckptstore.storage.posix import os_errors
-from ckptstore.tools.elements import read_elements
+from ckptstore.storage.posix import os_errors, pwrite_all
 from ckptstore.tools.exporting.copying import cast_bytes, cast_of, converted
 from ckptstore.tools.exporting.notes import Notes
 from ckptstore.tools.exporting.plain import Values, is_loadable_type
+from ckptstore.tools.exporting.tensorfiles import write_new
 from ckptstore.tools.exporting.trees import module_names
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 """The most of a tensor that is in memory at a time."""
 
 _METADATA = ".metadata"
+_FILE = "__0_0.distcp"
+_THREADS = 4
 
 
 class Chunk(NamedTuple):
@@ -82,8 +86,45 @@ def _has_size(dtype: torch.dtype) -> bool:
         return False
 
 
-class Export(SavePlanner):
-    """The plan of what DCP's writer shall write, which asks for each piece when it comes to it.
+class _File:
+    """The file of one rank of DCP's: archives of ``torch.save``, one after the other; any thread.
+
+    DCP's own writer keeps all tensors in memory until such a file is complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.results = path, list[WriteResult]()
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def append(self, index: MetadataIndex, value: Any) -> None:
+        """Write a value, or a piece of a tensor."""
+        archive = io.BytesIO()
+        torch.save(value, archive)
+        with archive.getbuffer() as data, self.path.open("r+b", buffering=0) as stream:
+            with self._lock:
+                begin, self._end = self._end, self._end + len(data)
+                place = _StorageInfo(self.path.name, begin, len(data))
+                self.results.append(WriteResult(index, len(data), place))
+            pwrite_all(stream.fileno(), data, begin)
+
+
+class _Writer(FileSystemWriter):
+    """DCP's own writer, for the metadata, which are a pickle."""
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing of the folder in which it is written: it will have another name."""
+        return StorageMeta()
+
+
+def _nbytes(item: WriteItem) -> int:
+    """Bytes of what is to be written, if it is a tensor."""
+    data = item.tensor_data
+    return 0 if data is None else prod(data.chunk.sizes) * data.properties.dtype.itemsize
+
+
+class Export:
+    """A folder that is planned.
 
     Attributes:
         nbytes: of the tensors.
@@ -106,7 +147,6 @@ class Export(SavePlanner):
             raise StateError(f"DCP has one name for two entries: {error}", path="") from error
         self._state = state
         self.nbytes = sum(cast_bytes(reader.tensors[it.name], it.cast) for it in self._tensors.values())
-        self._meter = Meter(0, None)
 
     @property
     def tensors(self) -> int:
@@ -120,53 +160,40 @@ class Export(SavePlanner):
             IntegrityError: a block is damaged.
             StorageError: the storage failed, or the disk.
         """
-        self._meter = Meter(self.nbytes, progress)
-        # By one thread the pieces are written as they lie on storage; each of several would have its own order.
-        writer = FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
+        items = list(self._items())
+        _, metadata = create_default_global_save_plan([SavePlan(items)])
+        # In the order of the state, not in that of the writing.
+        entries = {key: metadata.state_dict_metadata[key] for key in self._flat}
+        metadata = replace(metadata, state_dict_metadata=entries, planner_data=self._paths)
+        file = _File(folder / _FILE)
+        meter = Meter(self.nbytes, progress)
+
+        def write(item: WriteItem) -> None:
+            file.append(item.index, self._value(item))
+            meter.add(_nbytes(item))
+
         with os_errors("write", str(folder), str(folder)):
-            writer.reset(folder)
-            writer.set_up_storage_writer(True)
-            local = writer.prepare_local_plan(self.create_local_plan())
-            plans, metadata = self.create_global_plan([local])
-            plan = self.finish_plan(writer.prepare_global_plan(plans)[0])
-            results = writer.write_data(plan, self).wait()
-            writer.finish(metadata, [results])
+            write_new(file.path, b"")
+            run(items, write, threads=min(_THREADS, default_threads()))
+            _Writer(folder).finish(metadata, [file.results])
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: all is known."""
-
-    def create_local_plan(self) -> SavePlan:
+    def _items(self) -> Iterator[WriteItem]:
         """All there is to write: tensors as they lie on storage, then values."""
         tensors = self._tensors
         places = {name: number for number, name in enumerate(self._reader.tensors)}
-        keys = sorted(tensors, key=lambda key: places[tensors[key].name])
-        items = [self._item(key, chunk) for key in keys for chunk in self._chunks(tensors[key])]
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._flat if key not in tensors]
-        return SavePlan(items, planner_data=self._paths)
+        for key in sorted(tensors, key=lambda key: places[tensors[key].name]):
+            for chunk in self._chunks(tensors[key]):
+                yield self._item(key, chunk)
+        for key in self._flat:
+            if key not in tensors:
+                yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
 
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The plan and what the metadata say of it."""
-        plans, metadata = create_default_global_save_plan(all_plans)
-        # In the order of the state, not in that of the writing.
-        entries = {key: metadata.state_dict_metadata[key] for key in self._flat}
-        return plans, replace(metadata, state_dict_metadata=entries, planner_data=self._paths)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """As it is."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """What the writer shall write next."""
-        key = write_item.index.fqn
-        if write_item.type is WriteItemType.BYTE_IO:
-            file = io.BytesIO()
-            torch.save(self._filled(self._flat[key]), file)
-            return file
-        data = write_item.tensor_data
-        assert data is not None
-        found = self._read(self._tensors[key], Chunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
-        self._meter.add(found.nbytes)
-        return found
+    def _value(self, item: WriteItem) -> Any:
+        key = item.index.fqn
+        if item.tensor_data is None:
+            return self._filled(self._flat[key])
+        box = item.tensor_data.chunk
+        return self._read(self._tensors[key], Chunk(tuple(box.offsets), tuple(box.sizes)))
 
     def _stand_in(self, spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...], model: bool) -> torch.Tensor:
         cast = cast_of(self._reader.tensors[spec.name], self._dtype) if model else None
@@ -196,7 +223,10 @@ class Export(SavePlanner):
         begin = 0
         for offset, size in zip(chunk.offsets, stored.tensor.shape, strict=True):
             begin = begin * size + offset
-        found = read_elements(self._reader, stored.name, begin, prod(chunk.sizes))
+        count, size = prod(chunk.sizes), stored.dtype.itemsize
+        image = torch.empty(count * size, dtype=torch.uint8)
+        self._reader.read_into(stored.name, begin * size, image.numpy().data)
+        found = image.view(stored.dtype)
         if stored.cast is not None:
             found = converted(found, stored.cast, stored.name, self._notes)
         return found.reshape(chunk.sizes)
