@@ -18,7 +18,7 @@ from ckptstore.errors import FormatError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.state.select import Selection
 from ckptstore.state.values import Json
-from ckptstore.tools.exporting import dcp, huggingface
+from ckptstore.tools.exporting import huggingface
 from ckptstore.tools.exporting.copying import CASTS
 from ckptstore.tools.exporting.huggingface import ModelFolder
 from ckptstore.tools.exporting.notes import Notes
@@ -199,7 +199,10 @@ def _planned(to: Target, order: _Order, checkpoint: Checkpoint, reader: TensorRe
         file = TorchFile(reader, tree, order.dtype, notes)
         return _Job(file, file.tensors, file.nbytes)
     if to == "dcp":
-        folder = dcp.Export(reader, tree, order.dtype, notes)
+        # Who doesn't ask for it needn't wait until it is imported.
+        from ckptstore.tools.exporting.dcp import Export
+
+        folder = Export(reader, tree, order.dtype, notes)
         return _Job(folder, folder.tensors, folder.nbytes)
     weights, metadata = Weights(reader, order.dtype, notes), _metadata(checkpoint)
     work: ModelFolder | TensorsFile
@@ -225,7 +228,11 @@ def _cache(checkpoint: Checkpoint) -> BlockCache:
 
 
 def _is_one(to: Target) -> Callable[[Path], bool]:
-    return dcp.is_one if to == "dcp" else huggingface.is_one
+    return _is_dcp if to == "dcp" else huggingface.is_one
+
+
+def _is_dcp(folder: Path) -> bool:
+    return (folder / ".metadata").is_file()
 
 
 def _sizes(work: Path) -> dict[str, int]:

@@ -35,7 +35,6 @@ from ckptstore.tools.exporting.trees import module_names
 CHUNK_BYTES = 16 << 20
 """The most of a tensor that is in memory at a time."""
 
-_METADATA = ".metadata"
 _FILE = "__0_0.distcp"
 _THREADS = 4
 
@@ -56,12 +55,7 @@ class _Stored(NamedTuple):
     cast: torch.dtype | None
 
 
-def is_one(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of DCP's."""
-    return (folder / _METADATA).is_file()
-
-
-def chunks_of(shape: tuple[int, ...], item_bytes: int, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def chunks_of(shape: tuple[int, ...], item_bytes: int, limit: int) -> Iterator[Chunk]:
     """Boxes of at most ``limit`` bytes that make up a tensor, in order; one at least."""
     split = next((n for n in range(len(shape)) if prod(shape[n + 1 :]) * item_bytes <= limit), None)
     if split is None or prod(shape) * item_bytes <= limit:
@@ -209,7 +203,7 @@ class Export:
 
     @staticmethod
     def _chunks(stored: _Stored) -> Iterator[Chunk]:
-        return chunks_of(tuple(stored.tensor.shape), max(stored.dtype.itemsize, stored.tensor.itemsize))
+        return chunks_of(tuple(stored.tensor.shape), max(stored.dtype.itemsize, stored.tensor.itemsize), CHUNK_BYTES)
 
     def _item(self, key: str, chunk: Chunk) -> WriteItem:
         tensor = self._flat[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ import torch
 from ckptstore.engine.tensorreader import TensorReader
 from ckptstore.errors import FormatError, StateError
 from ckptstore.state.dtypes import torch_name
+from ckptstore.state.encode import join
 from ckptstore.state.values import TAG, Json
 from ckptstore.tools.elements import element_type
 from ckptstore.tools.exporting.copying import cast_of
 from ckptstore.tools.exporting.notes import Notes
 from ckptstore.tools.exporting.tensorfiles import Weight, refusal
-from ckptstore.tools.exporting.trees import children, is_tensor, kind_of, models, walk
+from ckptstore.tools.exporting.trees import Place, children, is_tensor, kind_of, models, walk
 
 _SHOWN = 20
 
@@ -45,7 +46,7 @@ class Weights:
         weights = []
         for name, node in entries.items():
             if not is_tensor(node):
-                self.notes.left_out[f"{path}/{name}" if path else name] = "it is no tensor"
+                self.notes.left_out[join(path, name)] = "it is no tensor"
                 continue
             weight = self._weight(name, node, model=True)
             if (reason := refusal(weight.row)) is not None:
@@ -69,24 +70,33 @@ class Weights:
         if not places:
             raise StateError(f"{self._reader.contents.commit.id} holds no tensors that could be exported", path="")
         self._note_values(tree)
-        found = models(tree)
-        if len(found) == 1:
-            (path,) = found
-            if len([node for node in found[path].values() if is_tensor(node)]) == len(places):
-                return self.model(tree)
-        taken: set[str] = set()
+        component, named = self._named(tree, places)
         weights = []
-        for place in places:
-            name = place.path
-            while name in taken:
-                name += "~"
-            taken.add(name)
+        for name, place in named.items():
             weight = self._weight(name, place.node, model=place.model)
             if (reason := refusal(weight.row)) is None:
                 weights.append(weight)
             else:
                 self.notes.left_out[place.path] = reason
-        return None, weights
+        return component, weights
+
+    @staticmethod
+    def _named(tree: Json, places: Sequence[Place]) -> tuple[str | None, dict[str, Place]]:
+        """What each is called, and the model whose names these are, if all belong to one."""
+        found = models(tree)
+        if len(found) == 1:
+            ((path, entries),) = found.items()
+            named = {name: Place(join(path, name), node, True) for name, node in entries.items() if is_tensor(node)}
+            if len(named) == len(places):
+                return path, named
+        named = {}
+        for place in places:
+            name = place.path
+            while name in named:
+                # A key may look like a path.
+                name += "~"
+            named[name] = place
+        return None, named
 
     def _only_model(self, tree: Json) -> tuple[str, Mapping[str, Json]]:
         found = models(tree)
