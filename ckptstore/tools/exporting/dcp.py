@@ -32,7 +32,7 @@ from ckptstore.tools.exporting.plain import Values, is_loadable_type
 from ckptstore.tools.exporting.tensorfiles import write_new
 from ckptstore.tools.exporting.trees import module_names
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 """The most of a tensor that is in memory at a time."""
 
 _FILE = "__0_0.distcp"
