@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptstore.cli import texts, units
-from ckptstore.cli.access import looking
+from ckptstore.cli.access import backup_option, looking
 from ckptstore.cli.terminal import answer, byte_progress, emit, json_option
 
 if TYPE_CHECKING:
@@ -34,8 +34,18 @@ _TARGETS = ["hf", "safetensors", "torch", "dcp"]
 @click.option("--max-shard", metavar="SIZE", default="5GB", show_default=True, help="hf: the most in one file.")
 @click.option("--config", metavar="DIR", help="hf: copy config.json, tokenizer and code from there.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DEST, with all that is in it.")
+@backup_option
 @json_option
-def export(url: str, selector: str, output: str, target: Target, max_shard: str, as_json: bool, **options: Any) -> None:
+def export(
+    url: str,
+    selector: str,
+    output: str,
+    target: Target,
+    max_shard: str,
+    backups: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write a checkpoint as files that other programs read.
 
     \b
@@ -58,7 +68,7 @@ def export(url: str, selector: str, output: str, target: Target, max_shard: str,
     from ckptstore.tools.export import export as write
 
     limit = units.size_bytes(max_shard)
-    with looking(url) as (store, _), byte_progress("exporting") as progress:
+    with looking(url, backups) as (store, _), byte_progress("exporting") as progress:
         options |= {"only": options["only"] or None, "max_shard_bytes": limit, "progress": progress}
         report = write(store, selector, output, to=target, **options)
     if as_json:

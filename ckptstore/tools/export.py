@@ -14,7 +14,7 @@ import torch
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.tensorreader import BlockCache, TensorReader
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import FormatError
+from ckptstore.errors import CheckpointError, FormatError, StateError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.state.select import Selection
 from ckptstore.state.values import Json
@@ -126,6 +126,8 @@ def export(
     """
     begin = time.monotonic()
     order = _order(path, to, dtype, max_shard_bytes, config)
+    if isinstance(only, str):
+        raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
     checkpoint = store.resolve(selector)
     with (
         workplace(order.path, folder=to in ("hf", "dcp"), overwrite=overwrite, is_one=_is_one(to)) as work,
@@ -133,7 +135,12 @@ def export(
     ):
         tree = reader.tree if only is None else Selection(only, whole_statefuls=False).prune(reader.tree)
         notes = Notes()
-        job = _planned(to, order, checkpoint, reader, tree, notes)
+        try:
+            job = _planned(to, order, checkpoint, reader, tree, notes)
+        except CheckpointError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise FormatError(f"the tree of {checkpoint.id} is malformed: {error!r}", id=checkpoint.id) from error
         require_space(order.path, job.nbytes)
         job.work.write(work, progress)
         files, read_bytes = _sizes(work), reader.read_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +27,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import ckptstore as cs
+from ckptstore.integrations.dcp import CkptStoreSavePlanner, CkptStoreWriter
 from ckptstore.state.dtypes import TORCH_STORED
+from ckptstore.tools import export as exporting
 from ckptstore.tools.exporting import dcp as dcp_folder
 from ckptstore.tools.exporting.copying import Sum
 from ckptstore.tools.exporting.dcp import chunks_of
 from ckptstore.tools.exporting.zipsums import combined
+from tests.faults import ext4
 from tests.golden.make import HERE, tuned
+from tests.integrity.stores import FolderRaw, Forge
 from tests.ranks import golden
 from tests.state.memory import same
 
@@ -347,12 +356,68 @@ def test_a_plain_optimizer_is_one_too(tmp_path: Path) -> None:
     """One that was saved by its state_dict isn't converted, and is no model."""
     model, optimizer = trained(1)
     with cs.open("memory://export-plain") as store:
-        store.save({"net": model.state_dict(), "opt": optimizer.state_dict()}, step=1)
+        # Nor is a module that has no weights.
+        store.save({"net": model.state_dict(), "opt": optimizer.state_dict(), "loss": torch.nn.MSELoss()}, step=1)
         report = cs.export(store, "latest", tmp_path / "x.pt", to="torch", dtype="bf16")
         cs.export(store, "latest", tmp_path / "hf", to="hf")
     assert same(load_torch(tmp_path / "x.pt")["opt"], optimizer.state_dict())
     assert all(name.startswith("net/") for name in report.cast)
     assert load_file(tmp_path / "hf" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+class ColumnPlanner(CkptStoreSavePlanner):
+    """Saves each matrix as two shards, of some columns each, as tensor parallelism spreads it."""
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        items = [half for item in plan.items for half in self._halves(item)]
+        return dataclasses.replace(plan, items=items)
+
+    @staticmethod
+    def _halves(item: WriteItem) -> list[WriteItem]:
+        data = item.tensor_data
+        if data is None or len(data.size) != 2:
+            return [item]
+        rows, columns = data.size
+        boxes = [((0, 0), (rows, columns // 3)), ((0, columns // 3), (rows, columns - columns // 3))]
+        halves = []
+        for offset, sizes in boxes:
+            chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes))
+            index = MetadataIndex(item.index.fqn, torch.Size(offset))
+            halves.append(WriteItem(index, WriteItemType.SHARD, tensor_data=dataclasses.replace(data, chunk=chunk)))
+        return halves
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        data = write_item.tensor_data
+        if write_item.type is not WriteItemType.SHARD or data is None:
+            return super().resolve_data(write_item)
+        box = zip(data.chunk.offsets, data.chunk.sizes, strict=True)
+        return self.state_dict[write_item.index.fqn][tuple(slice(at, at + n) for at, n in box)]
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_shards_of_columns_come_out_whole(tmp_path: Path, to: Any) -> None:
+    state = dict(network().state_dict())
+    with cs.open(tmp_path / "store") as store:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save({"model": state}, storage_writer=CkptStoreWriter(store, step=1), planner=ColumnPlanner())
+        (part,) = store.contents(store.resolve()).parts
+        assert sum(len(file.tensors.shards or {}) for file in part.files) == 4
+        cs.export(store, "latest", tmp_path / "x", to=to, dtype="fp64")
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    assert equal(read(tmp_path / "x", to, tmp_path), wide)
+
+
+def test_a_backup_has_what_is_damaged(tmp_path: Path) -> None:
+    with cs.open(tmp_path / "a", backup=tmp_path / "b") as store:
+        store.save({"model": network()}, step=1, durable="backup")
+    damage(tmp_path / "a")
+    with (
+        cs.open(tmp_path / "a", backup=tmp_path / "b", read_only=True) as store,
+        pytest.warns(cs.DamageWarning, match="model"),
+    ):
+        cs.export(store, "latest", tmp_path / "x.pt", to="torch")
+    assert equal(load_torch(tmp_path / "x.pt")["model"], network().state_dict())
 
 
 # -- refusals --------------------------------------------------------------------------------------------
@@ -374,6 +439,7 @@ def test_arguments_that_cannot_be(store: cs.Store, tmp_path: Path) -> None:
     refused(cs.NotFoundError, "has no config.json", to="hf", config=tmp_path)
     refused(cs.NotFoundError, "no checkpoint 'step:99'", selector="step:99")
     refused(cs.StateError, "matches nothing", only=["nothing/*"])
+    refused(cs.StateError, "must be a list of patterns", only="model/*")
     refused(cs.StateError, "holds no tensors", to="safetensors", only=["plain/numbers"])
     refused(cs.StateError, "has no model to export.*'plain'", to="hf", only=["plain/numbers"])
     assert not list(tmp_path.iterdir())
@@ -397,14 +463,19 @@ def test_a_weight_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def damage(root: Path) -> None:
+    """Change the last bit of the model's file."""
+    (file,) = root.glob("checkpoints/*/model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize("to", ["hf", *KINDS])
 def test_damage_leaves_nothing(tmp_path: Path, to: Any) -> None:
     with cs.open(tmp_path / "store") as store:
         store.save({"model": network()}, step=1)
-        (file,) = (tmp_path / "store").glob("checkpoints/*/model.safetensors")
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        damage(tmp_path / "store")
         with pytest.raises(cs.IntegrityError, match="model/"):
             cs.export(store, "latest", tmp_path / "x", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -458,6 +529,61 @@ def test_space_is_asked_for_beforehand(store: cs.Store, tmp_path: Path, monkeypa
         cs.export(store, "latest", tmp_path / "x", to="hf", only=["model/*"])
     assert asked == [tmp_path]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["hf", *KINDS])
+def test_a_disk_that_fills_up(store: cs.Store, tmp_path: Path, to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because others write, too: what is there of the export is removed."""
+    if (reason := ext4.missing(tmp_path)) is not None:
+        pytest.skip(reason)
+    asked: list[object] = []
+    monkeypatch.setattr(exporting, "require_space", lambda *args: asked.append(args))
+    with ext4.Image(tmp_path, 4).mounted() as root:
+        with suppress(OSError), (root / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(1 << 12))
+        os.truncate(root / "ballast", (root / "ballast").stat().st_size - (200 << 10))
+        with pytest.raises(cs.StorageError, match="x"):
+            cs.export(store, "latest", root / "x", to=to, only=["model/*"])
+        assert asked
+        assert {path.name for path in root.iterdir()} == {"ballast", "lost+found"}
+
+
+@pytest.mark.parametrize("to", ["hf", *KINDS])
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"$": "tensor", "name": "nothing"},
+        {"$": "tensor"},
+        {"$": "module", "entries": [1]},
+        {"$": "module", "entries": {"w": {"$": "tensor", "name": ["w"]}}},
+        {"$": "optimizer", "groups": [[]], "state": [[1]]},
+        {"$": "optimizer", "groups": [{}], "state": [[["x"], {}]]},
+        {"$": "dict", "items": [[{"$": "dict", "items": []}, 1]]},
+        {"$": "tuple", "items": 5},
+        {"$": "set", "items": [[]]},
+        {"$": "namespace", "fields": 3},
+        {"$": "of the future"},
+        {"$": "ndarray", "name": "model/w", "dtype": "<c16"},
+    ],
+    ids=json.dumps,
+)
+def test_hostile_trees(tmp_path: Path, node: Any, to: Any) -> None:
+    """Are refused, or have nothing of that; nothing else comes out."""
+    with cs.open(tmp_path / "store") as store:
+        saved = store.save({"model": {"w": torch.ones(3)}}, step=1)
+    forge = Forge(FolderRaw(tmp_path / "store"), saved.id)
+    forge.part["tree"]["bad"] = node
+    forge.write()
+    with cs.open(tmp_path / "store", read_only=True) as store:
+        if to in ("torch", "dcp"):
+            with pytest.raises(cs.FormatError):
+                cs.export(store, "latest", tmp_path / "x", to=to)
+            return
+        with suppress(cs.FormatError):
+            cs.export(store, "latest", tmp_path / "x", to=to)
+            file = tmp_path / "x" / "model.safetensors" if to == "hf" else tmp_path / "x"
+            assert [tensor.tolist() for name, tensor in load_file(file).items() if name.endswith("w")] == [[1] * 3]
 
 
 PROGRAM = """

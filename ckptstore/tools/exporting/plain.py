@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ckptstore.engine.tensorreader import TensorReader
-from ckptstore.errors import CheckpointError, FormatError
+from ckptstore.errors import FormatError
 from ckptstore.state import optimizer
 from ckptstore.state.decode import Decoder
 from ckptstore.state.encode import MAX_DEPTH, join, key_text
@@ -79,15 +79,10 @@ class Values:
         """The value of a whole tree.
 
         Raises:
-            FormatError: it is malformed.
+            FormatError: it is malformed; other errors of a wrong type or value tell of the same.
             IntegrityError, StorageError: what has to be read for it can't be.
         """
-        try:
-            return self._make(tree, "", 0)
-        except CheckpointError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise FormatError(f"a value of the checkpoint can't be exported: {error!r}") from error
+        return self._make(tree, "", 0)
 
     def _make(self, node: Json, path: str, depth: int) -> Any:
         if depth > _MAX_NODE_DEPTH:
@@ -184,7 +179,9 @@ class Values:
         return self._simpler(made, path, f"the state of a {node.get('type')}")
 
     def _fields(self, node: dict[str, Any], path: str, depth: int) -> Any:
-        made = self._make(node.get("fields"), path, depth + 1)
+        if content_of(node.get("fields")) is None:
+            raise FormatError(f"{path!r} lacks its fields")
+        made = self._make(node["fields"], path, depth + 1)
         return self._simpler(made, path, f"a dict, of a {node[TAG]}")
 
     def _sequence(self, node: dict[str, Any], path: str, depth: int) -> Any:

@@ -87,8 +87,7 @@ class TorchFile:
             StorageError: the storage failed, or the disk.
         """
         with os_errors("write", str(file), str(file)):
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(self.value, file)
+            self._write_frame(file)
             records = _records(file)
         sizes = self._sizes()
         if [record.size for record in records] != sizes:
@@ -100,6 +99,15 @@ class TorchFile:
         ]
         sums = copy_tensors(self._reader, [span for span, _ in filled], self._notes, progress, sums=True)
         _put_sums(file, [(sums[span], record) for span, record in filled])
+
+    def _write_frame(self, file: Path) -> None:
+        """All but the tensors' bytes, with room for them."""
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(self.value, file)
+        except RuntimeError as error:
+            # So torch reports what the system refuses, without its reason.
+            raise StorageError(f"torch can't write {file}: {error}", key=str(file)) from error
 
     def _sizes(self) -> list[int]:
         return [cast_bytes(self._reader.tensors[name], cast) for name, cast in self._stand.tensors]

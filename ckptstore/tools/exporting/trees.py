@@ -122,8 +122,11 @@ def models(tree: Json) -> dict[str, Mapping[str, Json]]:
     """
     places = [place for place in walk(tree) if place.model]
     modules = {place.path: _entries(place.node) for place in places if _is_module(place.node)}
-    found = modules or {place.path: _all_tensors(place.node) for place in places}
-    return {path: entries for path, entries in found.items() if any(is_tensor(node) for node in entries.values())}
+    return _with_tensors(modules) or _with_tensors({place.path: _all_tensors(place.node) for place in places})
+
+
+def _with_tensors(found: Mapping[str, Mapping[str, Json]]) -> dict[str, Mapping[str, Json]]:
+    return {path: entries for path, entries in found.items() if any(map(is_tensor, entries.values()))}
 
 
 def module_names(tree: Json) -> dict[str, str]:
