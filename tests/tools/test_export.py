@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -531,7 +530,7 @@ def test_space_is_asked_for_beforehand(store: cs.Store, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to", ["hf", *KINDS])
+@pytest.mark.parametrize("to", ["torch", "dcp"])
 def test_a_disk_that_fills_up(store: cs.Store, tmp_path: Path, to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Because others write, too: what is there of the export is removed."""
     if (reason := ext4.missing(tmp_path)) is not None:
@@ -549,41 +548,39 @@ def test_a_disk_that_fills_up(store: cs.Store, tmp_path: Path, to: Any, monkeypa
         assert {path.name for path in root.iterdir()} == {"ballast", "lost+found"}
 
 
+HOSTILE: list[dict[str, Any]] = [
+    {"$": "tensor", "name": "nothing"},
+    {"$": "tensor"},
+    {"$": "module", "entries": [1]},
+    {"$": "module", "entries": {"w": {"$": "tensor", "name": ["w"]}}},
+    {"$": "optimizer", "groups": [[]], "state": [[1]]},
+    {"$": "optimizer", "groups": [{}], "state": [[["x"], {}]]},
+    {"$": "dict", "items": [[{"$": "dict", "items": []}, 1]]},
+    {"$": "tuple", "items": 5},
+    {"$": "set", "items": [[]]},
+    {"$": "namespace", "fields": 3},
+    {"$": "of the future"},
+    {"$": "ndarray", "name": "model/w", "dtype": "<c16"},
+]
+
+
 @pytest.mark.parametrize("to", ["hf", *KINDS])
-@pytest.mark.parametrize(
-    "node",
-    [
-        {"$": "tensor", "name": "nothing"},
-        {"$": "tensor"},
-        {"$": "module", "entries": [1]},
-        {"$": "module", "entries": {"w": {"$": "tensor", "name": ["w"]}}},
-        {"$": "optimizer", "groups": [[]], "state": [[1]]},
-        {"$": "optimizer", "groups": [{}], "state": [[["x"], {}]]},
-        {"$": "dict", "items": [[{"$": "dict", "items": []}, 1]]},
-        {"$": "tuple", "items": 5},
-        {"$": "set", "items": [[]]},
-        {"$": "namespace", "fields": 3},
-        {"$": "of the future"},
-        {"$": "ndarray", "name": "model/w", "dtype": "<c16"},
-    ],
-    ids=json.dumps,
-)
-def test_hostile_trees(tmp_path: Path, node: Any, to: Any) -> None:
-    """Are refused, or have nothing of that; nothing else comes out."""
+def test_hostile_trees(tmp_path: Path, to: Any) -> None:
+    """Are refused, or nothing is made of what is wrong in them; nothing else comes out."""
     with cs.open(tmp_path / "store") as store:
         saved = store.save({"model": {"w": torch.ones(3)}}, step=1)
-    forge = Forge(FolderRaw(tmp_path / "store"), saved.id)
-    forge.part["tree"]["bad"] = node
-    forge.write()
-    with cs.open(tmp_path / "store", read_only=True) as store:
-        if to in ("torch", "dcp"):
-            with pytest.raises(cs.FormatError):
-                cs.export(store, "latest", tmp_path / "x", to=to)
-            return
-        with suppress(cs.FormatError):
-            cs.export(store, "latest", tmp_path / "x", to=to)
-            file = tmp_path / "x" / "model.safetensors" if to == "hf" else tmp_path / "x"
-            assert [tensor.tolist() for name, tensor in load_file(file).items() if name.endswith("w")] == [[1] * 3]
+        forge = Forge(FolderRaw(tmp_path / "store"), saved.id)
+        for number, forge.part["tree"]["bad"] in enumerate(HOSTILE):
+            forge.write()
+            place = tmp_path / str(number)
+            try:
+                cs.export(cs.open(tmp_path / "store", read_only=True), "latest", place, to=to)
+            except cs.FormatError:
+                assert not place.exists()
+                continue
+            assert to in ("hf", "safetensors"), HOSTILE[number]
+            found = load_file(place / "model.safetensors" if to == "hf" else place)
+            assert [tensor.tolist() for name, tensor in found.items() if name.endswith("w")] == [[1, 1, 1]]
 
 
 PROGRAM = """
