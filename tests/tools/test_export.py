@@ -31,9 +31,12 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import ckptstore as cs
+from ckptstore.engine.tensorreader import BlockCache
+from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.integrations.dcp import CkptStoreSavePlanner, CkptStoreWriter
 from ckptstore.state.dtypes import TORCH_STORED
 from ckptstore.tools import export as exporting
+from ckptstore.tools.exporting import copying
 from ckptstore.tools.exporting import dcp as dcp_folder
 from ckptstore.tools.exporting.copying import Sum
 from ckptstore.tools.exporting.dcp import chunks_of
@@ -313,10 +316,18 @@ def equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_shards_of_several_ranks_come_out_whole(tmp_path: Path, to: Any) -> None:
+def test_shards_of_several_ranks_come_out_whole(tmp_path: Path, to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is read once, though the cache has fewer than there are ranks."""
+    monkeypatch.setattr(exporting, "_cache", lambda checkpoint: BlockCache(BLOCK_BYTES))
+    for module in (copying, dcp_folder):
+        # Several threads may be at two blocks at a time.
+        monkeypatch.setattr(module, "default_threads", lambda: 1)
     with cs.open(golden.PLACE, read_only=True, ranks="one") as store:
         report = cs.export(store, "latest", tmp_path / "x", to=to, only=["model/*"])
         assert report.checkpoint.world_size == golden.SIZE
+        files = [file.entry for file in store.contents(store.resolve()).files if file.entry.prefix == "model/"]
+        assert len(files) == golden.SIZE
+        assert report.read_bytes == sum(file.stored_bytes for file in files)
         assert equal(read(tmp_path / "x", to, tmp_path), store.load("latest")["model"])
 
 

@@ -52,6 +52,14 @@ class Sum(NamedTuple):
     crc: int
 
 
+class Part(NamedTuple):
+    """Rows ``[row, row + rows)`` of a stored tensor; one without dimensions is a row."""
+
+    name: str
+    row: int
+    rows: int
+
+
 class Piece(NamedTuple):
     """Bytes ``[begin, begin + length)`` of a stored tensor."""
 
@@ -73,8 +81,8 @@ def cast_bytes(row: TensorRow, cast: torch.dtype | None) -> int:
     return row.nbytes if cast is None else row.nbytes // ITEM_BYTES[row.dtype] * cast.itemsize
 
 
-def pieces(reader: TensorReader, names: Collection[str], limit: int = PIECE_BYTES) -> Iterator[Piece]:
-    """All of some tensors, in the order in which they lie on storage."""
+def parts(reader: TensorReader, names: Collection[str]) -> Iterator[Part]:
+    """All of some tensors, in the order in which they lie on storage, so that each block is needed once."""
     scattered = _scattered(reader)
     done: set[str] = set()
     for file in reader.contents.files:
@@ -82,15 +90,26 @@ def pieces(reader: TensorReader, names: Collection[str], limit: int = PIECE_BYTE
             name = file.name(index)
             if name not in names or name in done:
                 continue
-            begin, length = 0, reader.tensors[name].nbytes
             if name in scattered:
                 done.add(name)
-            elif reader.tensors[name].shape:
-                whole = reader.tensors[name].shape
-                begin = file.region(index).offset[0] * (length // whole[0]) if length else 0
-                length = row.nbytes
-            for at in range(begin, begin + length, limit):
-                yield Piece(name, at, min(limit, begin + length - at))
+                yield Part(name, 0, _rows(reader.tensors[name].shape))
+            else:
+                offset = file.region(index).offset
+                yield Part(name, offset[0] if offset else 0, _rows(row.shape))
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def pieces(reader: TensorReader, names: Collection[str]) -> Iterator[Piece]:
+    """The bytes of some tensors in the same order, a few at a time."""
+    for part in parts(reader, names):
+        whole = reader.tensors[part.name]
+        row_bytes = whole.nbytes // max(1, _rows(whole.shape))
+        begin, end = part.row * row_bytes, (part.row + part.rows) * row_bytes
+        for at in range(begin, end, PIECE_BYTES):
+            yield Piece(part.name, at, min(PIECE_BYTES, end - at))
 
 
 def _scattered(reader: TensorReader) -> set[str]:

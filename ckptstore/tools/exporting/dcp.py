@@ -26,7 +26,7 @@ from ckptstore.errors import StateError
 from ckptstore.state.tensors import TensorSpec
 from ckptstore.state.values import Json
 from ckptstore.storage.posix import os_errors, pwrite_all
-from ckptstore.tools.exporting.copying import cast_bytes, cast_of, converted
+from ckptstore.tools.exporting.copying import Part, cast_bytes, cast_of, converted, parts
 from ckptstore.tools.exporting.notes import Notes
 from ckptstore.tools.exporting.plain import Values, is_loadable_type
 from ckptstore.tools.exporting.tensorfiles import write_new
@@ -173,13 +173,15 @@ class Export:
 
     def _items(self) -> Iterator[WriteItem]:
         """All there is to write: tensors as they lie on storage, then values."""
-        tensors = self._tensors
-        places = {name: number for number, name in enumerate(self._reader.tensors)}
-        for key in sorted(tensors, key=lambda key: places[tensors[key].name]):
-            for chunk in self._chunks(tensors[key]):
-                yield self._item(key, chunk)
+        keys: dict[str, list[str]] = {}
+        for key, stored in self._tensors.items():
+            keys.setdefault(stored.name, []).append(key)
+        for part in parts(self._reader, keys):
+            for key in keys[part.name]:
+                for chunk in self._chunks(self._tensors[key], part):
+                    yield self._item(key, chunk)
         for key in self._flat:
-            if key not in tensors:
+            if key not in self._tensors:
                 yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
 
     def _value(self, item: WriteItem) -> Any:
@@ -202,8 +204,13 @@ class Export:
         return {key: self._stored[id(it)] for key, it in self._flat.items() if id(it) in self._stored}
 
     @staticmethod
-    def _chunks(stored: _Stored) -> Iterator[Chunk]:
-        return chunks_of(tuple(stored.tensor.shape), max(stored.dtype.itemsize, stored.tensor.itemsize), CHUNK_BYTES)
+    def _chunks(stored: _Stored, part: Part) -> Iterator[Chunk]:
+        shape, item = tuple(stored.tensor.shape), max(stored.dtype.itemsize, stored.tensor.itemsize)
+        if not shape:
+            yield Chunk((), ())
+            return
+        for offsets, sizes in chunks_of((part.rows, *shape[1:]), item, CHUNK_BYTES):
+            yield Chunk((part.row + offsets[0], *offsets[1:]), sizes)
 
     def _item(self, key: str, chunk: Chunk) -> WriteItem:
         tensor = self._flat[key]
