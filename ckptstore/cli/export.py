@@ -101,7 +101,7 @@ def _lines(report: ExportReport) -> Iterator[str]:
     many = len(report.files) > 1
     yield from (f"{name}  {texts.size_text(size)}" for name, size in report.files.items() if many)
     if report.component:
-        yield f"names begin behind {report.component}/"
+        yield f"names are those in {report.component}"
     if report.cast:
         types = ", ".join(sorted({*report.cast.values()}))
         yield f"converted: {texts.count_text(len(report.cast), 'tensor')}, from {types}"

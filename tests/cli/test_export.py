@@ -18,7 +18,7 @@ def test_a_model_is_exported(run: Run, url: str, ids: list[str], tmp_path: Path)
     assert (answer.exit_code, answer.stderr) == (0, "")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == state(20)["model"].keys()
     for expected in (
-        "names begin behind model/",
+        "names are those in model",
         "left out: plain (it is no part of the model)",
         "from_pretrained needs a config.json",
         f"exported {ids[1]} to {tmp_path / 'out'}: 3 tensors, 1 file, 1",

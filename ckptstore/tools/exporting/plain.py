@@ -104,13 +104,19 @@ class Values:
             return self._dict(node, content, path, depth)
         kind = kind_of(node)
         if kind in GENERATORS:
-            return self._simpler(
-                self._make(node.get("state"), path, depth + 1), path, "the state of a random generator"
-            )
+            return self._generator(node, path, depth)
         handler = _HANDLERS.get(kind or "")
         if handler is not None:
             return handler(self, node, path, depth)
         return self._value(node, path)
+
+    def _generator(self, node: dict[str, Any], path: str, depth: int) -> Any:
+        before = set(self._notes.converted)
+        state = self._make(node.get("state"), path, depth + 1)
+        for name in self._notes.converted.keys() - before:
+            # Nobody asks what its words are stored as.
+            del self._notes.converted[name]
+        return self._simpler(state, path, "the state of a random generator")
 
     def _dict(self, node: dict[str, Any], content: dict[Any, Json], path: str, depth: int) -> Any:
         made: dict[Any, Any] = {}

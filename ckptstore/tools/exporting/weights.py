@@ -18,6 +18,7 @@ from ckptstore.tools.exporting.copying import cast_of
 from ckptstore.tools.exporting.notes import Notes
 from ckptstore.tools.exporting.tensorfiles import Weight, refusal
 from ckptstore.tools.exporting.trees import Place, children, is_tensor, kind_of, models, walk
+from ckptstore.units import count_text
 
 _SHOWN = 20
 
@@ -134,7 +135,7 @@ class Weights:
                 counts[place.path.partition("/")[0]] += not children(place.node, "")
         for name, count in counts.items():
             if count:
-                self.notes.left_out[name] = f"{count} values that are no tensors"
+                self.notes.left_out[name] = f"{count_text(count, 'value')}, besides the tensors"
 
 
 def _beside(node: Json, path: str, wanted: str) -> Iterator[str]:
