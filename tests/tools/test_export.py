@@ -36,7 +36,7 @@ from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.integrations.dcp import CkptStoreSavePlanner, CkptStoreWriter
 from ckptstore.state.dtypes import TORCH_STORED
 from ckptstore.tools import export as exporting
-from ckptstore.tools.exporting import copying
+from ckptstore.tools.exporting import copying, torchfile
 from ckptstore.tools.exporting import dcp as dcp_folder
 from ckptstore.tools.exporting.copying import Sum
 from ckptstore.tools.exporting.dcp import chunks_of
@@ -154,6 +154,26 @@ def test_its_archive_is_sound(store: cs.Store, tmp_path: Path) -> None:
         subprocess.run(["unzip", "-tq", tmp_path / "x.pt"], check=True, stdout=subprocess.DEVNULL)
     mapped = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
     assert same(mapped["model"], store.load("latest")["model"])
+
+
+def test_another_order_is_noticed(store: cs.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later torch may make it: before any bytes go to a wrong place."""
+    records = torchfile._records
+    swapped: list[Any] = []
+
+    def swap(file: Path) -> list[torchfile.Record]:
+        found = records(file)
+        # Weight and bias of the normalisation.
+        assert found[2].size == found[3].size == 1600
+        found[2], found[3] = found[3], found[2]
+        swapped.append(file)
+        return found
+
+    monkeypatch.setattr(torchfile, "_records", swap)
+    with pytest.raises(cs.StorageError, match="another archive"):
+        cs.export(store, "latest", tmp_path / "x.pt", to="torch", only=["model/*"])
+    assert swapped
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_optimizer_goes_on_as_if_nothing_had_been(store: cs.Store, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +49,19 @@ class _Stand:
 
     def __init__(self, reader: TensorReader, dtype: torch.dtype | None, notes: Notes) -> None:
         self.tensors: list[tuple[str, torch.dtype | None]] = []
+        self.numbers: dict[int, int] = {}
+        """The number of each tensor by its storage."""
         self._reader, self._mode, self._dtype, self._notes = reader, FakeTensorMode(), dtype, notes
 
     def __call__(self, spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...], model: bool) -> torch.Tensor:
         cast = cast_of(self._reader.tensors[spec.name], self._dtype) if model else None
         if cast is not None:
             self._notes.cast[spec.name] = str(dtype).removeprefix("torch.")
-        self.tensors.append((spec.name, cast))
         with self._mode:
-            return torch.empty(shape, dtype=cast or dtype)
+            made = torch.empty(shape, dtype=cast or dtype)
+        self.numbers[made.untyped_storage()._cdata] = len(self.tensors)
+        self.tensors.append((spec.name, cast))
+        return made
 
 
 class TorchFile:
@@ -89,9 +93,7 @@ class TorchFile:
         with os_errors("write", str(file), str(file)):
             self._write_frame(file)
             records = _records(file)
-        sizes = self._sizes()
-        if [record.size for record in records] != sizes:
-            raise StorageError(f"torch {torch.__version__} wrote another archive than was asked for", key=str(file))
+        self._check(file, records)
         filled = [
             (Span(name, file, record.data, cast), record)
             for (name, cast), record in zip(self._stand.tensors, records, strict=True)
@@ -109,8 +111,30 @@ class TorchFile:
             # So torch reports what the system refuses, without its reason.
             raise StorageError(f"torch can't write {file}: {error}", key=str(file)) from error
 
+    def _check(self, file: Path, records: Sequence[Record]) -> None:
+        """Have torch say where it reads each tensor, before anything is put there."""
+        good = [record.size for record in records] == self._sizes()
+        bases = set()
+        if good:
+            loaded = torch.load(file, weights_only=True, mmap=True)
+            for mine, theirs in zip(_tensors(self.value), _tensors(loaded), strict=True):
+                if mine.numel():
+                    number = self._stand.numbers[mine.untyped_storage()._cdata]
+                    bases.add(theirs.untyped_storage().data_ptr() - records[number].data)
+        if not good or len(bases) > 1:
+            raise StorageError(f"torch {torch.__version__} made another archive than was asked for", key=str(file))
+
     def _sizes(self) -> list[int]:
         return [cast_bytes(self._reader.tensors[name], cast) for name, cast in self._stand.tensors]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a value, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _records(file: Path) -> list[Record]:
