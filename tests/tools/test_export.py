@@ -450,6 +450,16 @@ def test_a_backup_has_what_is_damaged(tmp_path: Path) -> None:
     assert equal(load_torch(tmp_path / "x.pt")["model"], network().state_dict())
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["hf", "safetensors.safetensors", "torch.pt", "dcp"])
+def test_what_was_exported_can_be_imported(store: cs.Store, tmp_path: Path, name: str) -> None:
+    to: Any = name.partition(".")[0]
+    cs.export(store, "latest", tmp_path / name, to=to, only=["model/*"])
+    with cs.open(f"memory://export-import-{to}") as other:
+        cs.import_from(tmp_path / name, other, step=7)
+        assert equal(other.load("latest")["model"], store.load("latest")["model"])
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 
 
