@@ -297,6 +297,20 @@ def test_dcp_holds_what_torch_does(store: cs.Store, tmp_path: Path) -> None:
     assert (group["lr"], group["params"]) == (0.5, ["0.weight", "0.bias"])
 
 
+def test_modules_of_one_optimizer_keep_apart_for_dcp(tmp_path: Path) -> None:
+    """Their parameters have the same names in them."""
+    a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW([*a.parameters(), *b.parameters()])
+    (a(torch.ones(2)) * b(torch.ones(2))).sum().backward()
+    optimizer.step()
+    with cs.open("memory://export-gan") as store:
+        store.save({"a": a, "b": b, "optimizer": optimizer}, step=1)
+        cs.export(store, "latest", tmp_path / "dcp", to="dcp")
+    state = load_dcp(tmp_path / "dcp", tmp_path)["optimizer"]["state"]
+    for name, parameter in (("a/weight", a.weight), ("b/weight", b.weight)):
+        assert same(state[name]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
 def test_dcp_takes_nothing_but_dicts(tmp_path: Path) -> None:
     with cs.open("memory://export-list") as store:
         store.save([torch.ones(3)], step=1)
@@ -482,6 +496,14 @@ def test_arguments_that_cannot_be(store: cs.Store, tmp_path: Path) -> None:
     refused(cs.StateError, "must be a list of patterns", only="model/*")
     refused(cs.StateError, "holds no tensors", to="safetensors", only=["plain/numbers"])
     refused(cs.StateError, "has no model to export.*'plain'", to="hf", only=["plain/numbers"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_is_left_out_is_refused(tmp_path: Path) -> None:
+    with cs.open("memory://export-range") as store:
+        store.save(range(3), step=1)
+        with pytest.raises(cs.StateError, match="nothing to export: a range, which plain torch"):
+            cs.export(store, "latest", tmp_path / "x", to="torch")
     assert not list(tmp_path.iterdir())
 
 

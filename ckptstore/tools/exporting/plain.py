@@ -213,7 +213,11 @@ class Values:
         keys: dict[str, Any] = {ref: number for number, ref in enumerate(refs)}
         if self._names is not None:
             keys = {ref: self._names.get(ref, ref) for ref in refs}
+            if len({*keys.values()}) < len(refs):
+                # Two modules share it, and have the same names.
+                keys = {ref: ref for ref in refs}
         state = {keys[ref]: self._make(child, f"{path}/state/{ref}", depth + 1) for ref, child in saved.state.items()}
+        state = {key: value for key, value in state.items() if value is not LEFT_OUT}
         other = self._make(saved.other, f"{path}/other", depth + 1)
         groups = []
         for number, group in enumerate(saved.groups):

@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckptstore.engine.tensorreader import TensorReader
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import StorageError
+from ckptstore.errors import StateError, StorageError
 from ckptstore.state.tensors import TensorSpec
 from ckptstore.state.values import Json
 from ckptstore.storage.posix import os_errors, pwrite_all
 from ckptstore.tools.exporting.copying import Span, Sum, cast_bytes, cast_of, copy_tensors
 from ckptstore.tools.exporting.notes import Notes
-from ckptstore.tools.exporting.plain import Values, is_loadable_type
+from ckptstore.tools.exporting.plain import LEFT_OUT, Values, is_loadable_type
 from ckptstore.tools.exporting.zipsums import combined
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -73,9 +73,16 @@ class TorchFile:
     """
 
     def __init__(self, reader: TensorReader, tree: Json, dtype: torch.dtype | None, notes: Notes) -> None:
+        """Nothing is written yet.
+
+        Raises:
+            StateError: plain torch can hold nothing of it.
+        """
         self._reader, self._notes = reader, notes
         self._stand = _Stand(reader, dtype, notes)
         self.value: Any = Values(reader, self._stand, notes, takes=is_loadable_type).make(tree)
+        if self.value is LEFT_OUT:
+            raise StateError(f"there is nothing to export: {notes.left_out['']}", path="")
         self.nbytes = sum(self._sizes())
 
     @property
