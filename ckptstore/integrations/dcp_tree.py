@@ -154,6 +154,10 @@ def _module_names(tree: Json) -> dict[str, str]:
 
 def _plain_optimizer(node: dict[str, Any], names: Mapping[str, str]) -> Json:
     saved = optimizer.read(node, "")
+    refs = [ref for group in saved.groups for ref in group.params]
+    if len({names.get(ref, ref) for ref in refs}) < len(refs):
+        # Of several modules with parameters of the same names: by the short ones some would be lost.
+        names = {}
     groups: list[Json] = []
     for group in saved.groups:
         options = {str(key): child for key, child in (_children(group.options) or {}).items()}

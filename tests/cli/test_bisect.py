@@ -11,8 +11,6 @@ import torch
 import ckptstore
 from tests.cli.conftest import Run, data_file, flip, started
 
-needs_export = pytest.mark.skipif("export" not in ckptstore.__all__, reason="there is no export yet")
-
 
 def looking_at(*args: str, good: str = "step:10", bad: str = "latest") -> list[str]:
     return ["--good", good, "--bad", bad, *args]
@@ -75,7 +73,6 @@ def test_wrong_use(run: Run, url: str) -> None:
         assert says in answer.stderr
 
 
-@needs_export
 def test_exports_are_made_for_the_command_and_removed(run: Run, url: str, tmp_path: Path) -> None:
     """``{path}`` is a file that torch loads; of --only just a part of it."""
     exports, copies = tmp_path / "exports", tmp_path / "copies"
@@ -94,7 +91,6 @@ def test_exports_are_made_for_the_command_and_removed(run: Run, url: str, tmp_pa
     assert torch.equal(loaded["model"]["head.weight"], expected["model"]["head.weight"])
 
 
-@needs_export
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
 )
