@@ -189,6 +189,24 @@ def test_training_goes_on(saver: str, store: cs.Store) -> None:
     assert [train(model, optimizer, step) for step in (3, 4)] == wanted
 
 
+def test_an_optimizer_of_two_modules_keeps_all_of_its_state(store: cs.Store) -> None:
+    """Whose parameters are called alike: each is named in full then."""
+    modules = {name: nn.Linear(2, 2) for name in "ab"}
+    optimizer = torch.optim.SGD([p for m in modules.values() for p in m.parameters()], lr=0.1, momentum=0.9)
+    for module in modules.values():
+        module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    store.save({**modules, "optim": optimizer}, step=1)
+    names = [f"{module}/{name}" for module in "ab" for name in ("weight", "bias")]
+    target = {"optim": {"state": {name: {"momentum_buffer": torch.zeros(2)} for name in names}}}
+    for name in names[::2]:
+        target["optim"]["state"][name]["momentum_buffer"] = torch.zeros(2, 2)
+    load(store, target)
+    for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+        loaded = target["optim"]["state"][name]["momentum_buffer"]
+        assert torch.equal(loaded, optimizer.state[parameter]["momentum_buffer"])
+
+
 class Counter:
     """What DCP calls ``Stateful``."""
 
