@@ -62,10 +62,14 @@ if TYPE_CHECKING:
     from ckptstore.state.rng import RNG
     from ckptstore.state.staging import fence
     from ckptstore.store import Store
+    from ckptstore.tools.average import average
     from ckptstore.tools.bisect import Bisection, bisect
+    from ckptstore.tools.diff import Diff, diff
+    from ckptstore.tools.examine import TensorStats, examine
     from ckptstore.tools.export import ExportReport, export
     from ckptstore.tools.importing.run import Imported, ImportReport, import_from
     from ckptstore.tools.report import report
+    from ckptstore.tools.soup import greedy_soup
     from ckptstore.tools.usage import Usage, usage
     from ckptstore.trainer.checkpointer import Checkpointer
     from ckptstore.trainer.events import Failed, Listener, Resumed, Saved, Stats
@@ -82,6 +86,7 @@ __all__ = [
     "Costs",
     "Damage",
     "DamageWarning",
+    "Diff",
     "DivergedError",
     "ExistsError",
     "ExportReport",
@@ -114,6 +119,7 @@ __all__ = [
     "StorageError",
     "StorageFullError",
     "Store",
+    "TensorStats",
     "TornReadWarning",
     "UnavailableError",
     "Usage",
@@ -123,18 +129,22 @@ __all__ = [
     "__version__",
     "at",
     "at_most",
+    "average",
     "best",
     "bisect",
     "budget",
+    "diff",
     "diverged",
     "epoch_plan",
     "epochs",
     "every",
     "every_kept",
     "export",
+    "examine",
     "fence",
     "foresee",
     "import_from",
+    "greedy_soup",
     "last",
     "milestones",
     "on_best",
@@ -179,6 +189,10 @@ _HOMES = {
     "ckptstore.tools.usage": ("Usage", "usage"),
     "ckptstore.tools.importing.run": ("ImportReport", "Imported", "import_from"),
     "ckptstore.tools.export": ("ExportReport", "export"),
+    "ckptstore.tools.average": ("average",),
+    "ckptstore.tools.diff": ("Diff", "diff"),
+    "ckptstore.tools.examine": ("TensorStats", "examine"),
+    "ckptstore.tools.soup": ("greedy_soup",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -46,9 +46,9 @@ HOMES = {
     "botocore": {"storage"},
     "aiohttp": {"storage"},
     "tenacity": {"storage", "maintenance"},
-    "matplotlib": {"tools/planpicture.py"},
     "plotly": {"tools/report.py"},
     "jinja2": {"tools/report.py"},
+    "matplotlib": {"tools/planpicture.py", "tools/diffpicture.py"},
     "apprise": {"integrations/apprise.py"},
     "prometheus_client": {"integrations/prometheus.py"},
     "accelerate": {"integrations/accelerate.py", "integrations/huggingface_run.py"},
@@ -148,7 +148,8 @@ def test_public_names() -> None:
         SaveHandle TornReadWarning fence open register_type CopyReport Lag at every epoch_plan on_best milestones
         budget last best epochs every_kept within tagged at_most Length Progress Past Costs foresee Plan Verdict
         Judgement DivergedError diverged Verification Usage usage Bisection bisect
-        ImportReport Imported import_from report ExportReport export"""
+        ImportReport Imported import_from report ExportReport export
+        average greedy_soup diff Diff examine TensorStats"""
     assert sorted(ckptstore.__all__) == sorted(expected.split())
     for name in ckptstore.__all__:
         thing = getattr(ckptstore, name)

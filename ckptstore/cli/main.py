@@ -25,6 +25,8 @@ _HOMES = {
     "copy": "copy",
     "import": "import_",
     "export": "export",
+    "average": "average",
+    "diff": "diff",
     "hold": "hold",
     "release": "hold",
     "delete": "delete",

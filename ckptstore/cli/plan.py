@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptstore.cli.outcome import CommandError
+from ckptstore.cli.pictures import check_picture, write_picture
 from ckptstore.cli.terminal import emit, json_option, note
 from ckptstore.cli.units import duration_s, size_bytes
 from ckptstore.errors import NotFoundError
@@ -147,8 +147,7 @@ def _check_use(
         raise click.UsageError("--output says where --write writes: give both")
     if size == 0:
         raise click.BadParameter("a checkpoint takes more than nothing", param_hint="--size")
-    if picture is not None and Path(picture).suffix not in (".svg", ".png"):
-        raise click.BadParameter(f"{picture!r} must end in .svg or .png", param_hint="--picture")
+    check_picture(picture)
 
 
 def _config(path: str | None) -> Config | None:
@@ -258,19 +257,10 @@ def _check_known(asked: Asked) -> None:
 
 def _draw(asked: Asked, made: Plan, path: str) -> None:
     from ckptstore.tools.planpicture import picture
-    from ckptstore.tools.wholefile import replace_file
 
     title = f"save {asked.save}\nkeep {asked.keep or 'all'}"
     unit_bytes = None if asked.checkpoint_bytes else 1
-    try:
-        drawn = picture(made, asked.length, Path(path).suffix[1:], title=title, unit_bytes=unit_bytes)
-    except ImportError as error:
-        message = f"--picture needs matplotlib, and it can't be imported ({error}): pip install 'ckptstore[plot]'"
-        raise CommandError(message, code="no_matplotlib") from error
-    try:
-        replace_file(Path(path), drawn)
-    except OSError as error:
-        raise CommandError(f"{path} can't be written: {error.strerror or error}", code="os") from error
+    write_picture(path, lambda format: picture(made, asked.length, format, title=title, unit_bytes=unit_bytes))
 
 
 def _write(config: Config, path: str, output: str | None, asked: Asked, made: Plan) -> str:

@@ -10,9 +10,10 @@ import click
 
 from ckptstore.cli import texts
 from ckptstore.cli.access import looking
-from ckptstore.cli.outline import Branch, draw, grow, plain_values, unmatched, value_text, wanted
+from ckptstore.cli.outline import Branch, draw, grow, unmatched, value_text
 from ckptstore.cli.terminal import answer, emit, json_option, note, plain, table
 from ckptstore.errors import FormatError
+from ckptstore.tools.outline import plain_values, wanted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,20 +33,31 @@ _Values = dict[str, Any]
     "--depth", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Levels of names to unfold."
 )
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only these names, as 'model/*'. Can be repeated.")
+@click.option("--tensor", "names", multiple=True, metavar="NAME", help="The numbers in this tensor, or all that match.")
 @json_option
-def show(url: str, selector: str, depth: int, only: tuple[str, ...], as_json: bool) -> None:
+def show(url: str, selector: str, depth: int, only: tuple[str, ...], names: tuple[str, ...], as_json: bool) -> None:
     """Show what a checkpoint holds.
 
     Step, metrics, reasons, times and sizes; the files with their blocks; the plain values; the tensors with
     shape, type and bytes. SELECTOR is "latest" by default. Nothing but records is read, and nothing is run.
 
+    With --tensor what is in one tensor: range, mean, spread, percentiles, histogram, nan and infinities, its first
+    values, and where it lies; of several a table. Nothing but its blocks is read, and every one is verified.
+
     \b
       ckptstore show runs/gpt2
       ckptstore show runs/gpt2 best:val_loss --only 'model/*' --depth 9
       ckptstore show runs/gpt2 step:1000 --json | jq '.tensors | keys'
+      ckptstore show runs/gpt2 --tensor model/head.weight
+      ckptstore show runs/gpt2 --tensor 'model/*.weight'
 
-    Exit codes: 0 good; 1 no such checkpoint, or its records are damaged; 2 no store at URL or wrong use.
+    Exit codes: 0 good; 1 no such checkpoint or tensor, or what is read is damaged; 2 no store at URL or wrong use.
     """
+    if names:
+        from ckptstore.cli.tensortext import show_tensors
+
+        show_tensors(url, selector, names, as_json)
+        return
     with looking(url) as (store, _):
         checkpoint = store.resolve(selector)
         contents = store.contents(checkpoint)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -114,7 +114,7 @@ class BlockCache:
             self._changed.notify_all()
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A stored tensor: all of one, or a shard."""
 
     file: DataFile
@@ -156,6 +156,10 @@ class TensorReader:
             reader.close()
         self._open.clear()
 
+    def places(self, name: str) -> Sequence[Place]:
+        """Where a tensor is stored: in one place, or its shards in several."""
+        return self._places[name]
+
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         """Copy bytes ``[offset, offset + len(out))`` of a tensor's C-order image into ``out``; any thread.
 
@@ -165,36 +169,49 @@ class TensorReader:
             IntegrityError: a block is damaged.
             StorageError: the storage failed.
         """
+        for at, view in self.views(name, offset, len(out)):
+            copy_bytes(out[at - offset : at - offset + len(view)], view)
+
+    def views(self, name: str, offset: int, length: int) -> Generator[tuple[int, memoryview], None, None]:
+        """The same bytes where they lie, piece by piece, with the place of each piece's first byte in the image.
+
+        In order, but for a tensor in shards. A piece is gone when the next one is asked for, and until then its thread
+        may read nothing else from the same cache.
+
+        Raises:
+            NotFoundError, ValueError, IntegrityError, StorageError: as ``read_into``.
+        """
         row = self.tensors.get(name)
         if row is None:
             raise NotFoundError(f"{self.contents.commit.id} has no tensor {name!r:.100}", id=self.contents.commit.id)
-        if not 0 <= offset <= offset + len(out) <= row.nbytes:
-            raise ValueError(f"{name}: {len(out)} bytes at {offset} are outside of {row.nbytes}")
+        if not 0 <= offset <= offset + length <= row.nbytes:
+            raise ValueError(f"{name}: {length} bytes at {offset} are outside of {row.nbytes}")
         places = self._places[name]
         if places[0].region.shape == row.shape:
-            self._copy(places[0], offset, out)
+            yield from self._pieces(places[0], offset, length, offset)
             return
         whole, item = Region.whole(row.shape), ITEM_BYTES[row.dtype]
         for place in places:
-            for source, target, length in runs(whole, place.region, item, offset, offset + len(out)):
-                self._copy(place, target, out[source - offset : source - offset + length])
+            for source, target, count in runs(whole, place.region, item, offset, offset + length):
+                yield from self._pieces(place, target, count, source)
 
     @cached_property
-    def _places(self) -> dict[str, list[_Place]]:
-        found: dict[str, list[_Place]] = {}
+    def _places(self) -> dict[str, list[Place]]:
+        found: dict[str, list[Place]] = {}
         for file in self.contents.files:
             for row in range(len(file.stream.rows)):
-                found.setdefault(file.name(row), []).append(_Place(file, row, file.region(row)))
+                found.setdefault(file.name(row), []).append(Place(file, row, file.region(row)))
         return found
 
-    def _copy(self, place: _Place, offset: int, out: memoryview) -> None:
+    def _pieces(self, place: Place, offset: int, length: int, first: int) -> Iterator[tuple[int, memoryview]]:
+        """Bytes of a stored tensor from ``offset`` on; the first one is number ``first`` to whoever asks."""
         at, done = place.file.stream.begins[place.row] + offset, 0
-        while done < len(out):
+        while done < length:
             number, begin = divmod(at + done, BLOCK_BYTES)
-            length = min(BLOCK_BYTES - begin, len(out) - done)
+            count = min(BLOCK_BYTES - begin, length - done)
             with self._cache.block((id(self), place.file.key, number), self._filler(place.file, number)) as raw:
-                copy_bytes(out[done : done + length], raw[begin : begin + length])
-            done += length
+                yield first + done, raw[begin : begin + count]
+            done += count
 
     def _filler(self, file: DataFile, number: int) -> Callable[[memoryview], None]:
         def fill(buffer: memoryview) -> None:

@@ -25,6 +25,8 @@ COMMANDS = {
     "copy": ("memory://target of a copy",),
     "import": ("memory://target of an import",),
     "export": ("--to", "torch", "-o", "export"),
+    "average": ("--last", "2", "--to", "memory://target of an average"),
+    "diff": ("step:10", "latest"),
     "hold": ("latest", "name"),
     "release": ("name",),
     "delete": ("latest", "--yes"),

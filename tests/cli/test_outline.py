@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 import ckptstore
-from ckptstore.cli.outline import draw, grow, plain_values, value_text
+from ckptstore.cli.outline import draw, grow, value_text
+from ckptstore.tools.outline import plain_values
 from tests.cli.conftest import Run
 
 

@@ -99,3 +99,37 @@ def test_a_damaged_part_is_bad_news(run: Run, url: str, ids: list[str]) -> None:
     error = answer.json["error"]
     assert (error["code"], error["id"], error["key"]) == ("integrity", ids[2], f"checkpoints/{ids[2]}/part-00000.json")
     assert {"message", "expected", "actual"} <= set(error)
+
+
+def test_a_tensor_is_described(run: Run, url: str) -> None:
+    """Range, histogram, first values, and where it lies."""
+    answer = run("show", url, "--tensor", "model/layers.0.bias")
+
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines() if line]
+    facts = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert facts["tensor"] == "model/layers.0.bias"
+    assert facts["type"] == "F32[64], 64 elements, 256 B"
+    assert facts["lies"].endswith("/model.safetensors, block 0 (none)")
+    assert (facts["min"], facts["max"], facts["mean"], facts["zeros"], facts["nan"]) == ("0", "63", "31.5", "1", "none")
+    assert facts["first"] == "0, 1, 2, 3, 4, 5, 6, 7, …"
+    assert sum(line.count("█") > 20 for line in answer.stdout.splitlines()) == 20
+
+
+def test_several_tensors_make_a_table(run: Run, url: str) -> None:
+    answer = run("show", url, "step:20", "--tensor", "model/layers*", "--tensor", "model/head.weight")
+    rows = [line.split() for line in answer.stdout.splitlines()]
+    assert {row[0]: row[-8:-3] for row in rows[1:]} == {
+        "model/layers.0.weight": ["20", "20", "20", "0", "1280"],
+        "model/layers.0.bias": ["0", "63", "31.5", "18.47", "292.1"],
+        "model/head.weight": ["1", "1", "1", "0", "22.63"],
+    }
+    found = run("show", url, "step:20", "--tensor", "model/*", "--json").json
+    assert [len(it["counts"]) for it in found["tensors"]] == [20, 20, 20]
+    assert found["tensors"][0]["homes"][0]["blocks"] == [0, 0]
+
+
+def test_a_misspelt_tensor_is_bad_news_with_a_hint(run: Run, url: str) -> None:
+    answer = run("show", url, "--tensor", "model/layers.0.bais")
+    assert (answer.exit_code, answer.stdout) == (1, "")
+    assert "did you mean model/layers.0.bias" in answer.stderr
