@@ -37,6 +37,7 @@ def markdown(results: Measured) -> str:
         "memory": _memory,
         "frozen": _frozen,
         "verify": _verify,
+        "tools": _tools,
         "growth": _growth,
         "codec": _codec,
     }
@@ -112,6 +113,17 @@ def _verify(measured: Measured) -> Iterator[str]:
         f"hashing alone, from memory: {cells.gigabytes_s(hashed)}; {cells.ratio(ours, hashed):.2f} x"
     )
     yield row("`store.verify()`, cold", ours, {}, cells.gigabytes_s, limit=limit)
+
+
+def _tools(measured: Measured) -> Iterator[str]:
+    sides = {
+        f"`ckptstore average` of {measured['parents']} models, cold": ("average", "read_five"),
+        "`ckptstore diff` of two states, all of which differs, cold": ("diff", "read_two"),
+    }
+    for what, (name, reading) in sides.items():
+        size = f"{measured[f'{name}_bytes'] / 1e9:.2f} GB"
+        just = {f"just reading the {size}": measured[f"{reading}_s"]}
+        yield row(what, measured[f"{name}_s"], just, cells.seconds)
 
 
 def _growth(measured: Measured) -> Iterator[str]:
