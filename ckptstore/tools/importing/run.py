@@ -116,7 +116,10 @@ def import_from(
     """
     wishes = Wishes(step, epoch, dict(metrics or {}), only, without_refused, again, dry_run)
     with Sandbox() as sandbox:
-        return import_found(_found(source), store, wishes, sandbox, only_latest=only_latest, progress=progress)
+        report = import_found(_found(source), store, wishes, sandbox, only_latest=only_latest, progress=progress)
+    if report.checkpoints:
+        _warn_of_order(store)
+    return report
 
 
 @dataclass(frozen=True)
@@ -167,10 +170,7 @@ def import_found(
         if item.problem is not None and len(found) == 1:
             raise item.problem
         done.append(item)
-    report = ImportReport(done, time.perf_counter() - began)
-    if report.checkpoints:
-        _warn_of_order(store)
-    return report
+    return ImportReport(done, time.perf_counter() - began)
 
 
 def _warn_of_order(store: Store) -> None:
@@ -182,7 +182,7 @@ def _warn_of_order(store: Store) -> None:
             f"the latest in {store.url} is now step {latest.step}, and {ahead.id} of step {ahead.step} is there, too: "
             f"if a run shall go on from that, ckptstore rollback {store.url} {ahead.id}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
