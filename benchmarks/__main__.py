@@ -28,6 +28,7 @@ from benchmarks import (
     results,
     scale,
     tensors,
+    toolmemory,
     tools,
     trainer,
     training,
@@ -36,7 +37,7 @@ from benchmarks import (
 from benchmarks.table import markdown, write_readme
 from ckptstore.tools.throughput import scratch
 
-FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5, "trainer": 5, "scale": 1}
+FEW_ROUNDS = {"memory": 3, "growth": 3, "s3": 5, "policies": 5, "trainer": 5, "scale": 1, "toolmemory": 1}
 """At most: these take minutes a round, or repeat themselves closely."""
 
 Benchmark = Callable[[str, int, argparse.Namespace], dict[str, Any]]
@@ -90,6 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "frozen": alone(frozen.measure, tell=_tell),
     "verify": alone(verify.measure, tell=_tell),
     "tools": alone(tools.measure, tell=_tell),
+    "toolmemory": alone(toolmemory.measure, tell=_tell),
     "growth": growing,
     "ranks": alone(ranks.measure, tell=_tell),
     "scale": alone(scale.measure, tell=_tell),

@@ -38,6 +38,7 @@ def markdown(results: Measured) -> str:
         "frozen": _frozen,
         "verify": _verify,
         "tools": _tools,
+        "toolmemory": _tool_memory,
         "growth": _growth,
         "codec": _codec,
     }
@@ -124,6 +125,12 @@ def _tools(measured: Measured) -> Iterator[str]:
         size = f"{measured[f'{name}_bytes'] / 1e9:.2f} GB"
         just = {f"just reading the {size}": measured[f"{reading}_s"]}
         yield row(what, measured[f"{name}_s"], just, cells.seconds)
+
+
+def _tool_memory(measured: Measured) -> Iterator[str]:
+    for name, peaks in measured["peak_bytes"].items():
+        what = f"memory of `{name}`, {measured['bytes'] / 1e9:.2f} GB a checkpoint"
+        yield row(what, peaks, {}, cells.megabytes)
 
 
 def _growth(measured: Measured) -> Iterator[str]:

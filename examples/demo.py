@@ -115,6 +115,7 @@ def show(demo: Demo) -> None:
     resume(demo, reference)
     survive_a_flipped_bit(demo, reference)
     verify_and_clean_up(demo)
+    look_and_export(demo)
     measure(demo)
     summarize(demo, time.perf_counter() - begin)
 
@@ -212,8 +213,28 @@ def verify_and_clean_up(demo: Demo) -> None:
         demo.prove(status == 0, "verify finds every byte of every checkpoint good")
 
 
+def look_and_export(demo: Demo) -> None:
+    with demo.act("6. Compare, export, and look at all of it", "equal to the reference; torch.load reads its export"):
+        store, reference, file = str(demo.store), str(demo.folder / "reference"), demo.folder / "latest.pt"
+        status, _ = command(
+            demo, "diff", store, "latest", "latest", "--with", reference, "--only", "model/*", "--exit-code"
+        )
+        demo.prove(status == 0, "the weights are bit for bit those of the run that nothing happened to")
+        status, _ = command(demo, "export", store, "latest", "--to", "torch", "-o", str(file))
+        demo.prove(status == 0, "the latest checkpoint can be exported")
+        exported = torch.load(file, weights_only=True)["model"]
+        with cs.open(demo.store) as opened:
+            demo.prove(
+                same(exported, opened.load("latest", only=["model/*"])["model"]), "torch.load reads what was saved"
+            )
+        page = demo.folder / "report.html"
+        status, _ = command(demo, "report", store, "-o", str(page), "--keep", "last(3) | best('loss')")
+        demo.prove(status == 0, "the report can be written")
+        demo.say(f"   {page} shows all of it in a browser, without network.")
+
+
 def measure(demo: Demo) -> None:
-    with demo.act("6. How fast this disk takes and gives a checkpoint", "throughput beside torch.save and others"):
+    with demo.act("7. How fast this disk takes and gives a checkpoint", "throughput beside torch.save and others"):
         status, _ = command(demo, "bench", str(demo.folder), *demo.bench_flags)
         demo.prove(status == 0, "the benchmark runs")
 

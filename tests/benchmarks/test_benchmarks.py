@@ -31,6 +31,7 @@ from benchmarks import (
     s3costs,
     savers,
     scale,
+    toolmemory,
     tools,
     trainer,
     training,
@@ -81,6 +82,9 @@ SMALL: dict[str, Measure] = {
     "memory": lambda folder: memory.measure(folder, 1, size=TINY, names=("ckptstore_overlapped",)),
     "frozen": lambda folder: frozen.measure(folder, 1, size=TINY),
     "verify": lambda folder: verify.measure(folder, 1, size=TINY),
+    "toolmemory": lambda folder: toolmemory.measure(
+        folder, 1, size=2_000_000, names=("show --tensor", "import foreign.pt")
+    ),
     "tools": lambda folder: tools.measure(folder, 1, size=TINY),
     "growth": lambda folder: growth.measure(folder, 1, sizes_bytes=(2 << 20, 4 << 20), counts=(10, 20)),
     "codec": lambda folder: codec.measure(1),
@@ -88,7 +92,7 @@ SMALL: dict[str, Measure] = {
     "scale": lambda folder: scale.measure(folder, 1, sizes=(2, 3)),
     "s3": buckets,
 }
-LONG = ("ranks", "s3", "trainer")
+LONG = ("ranks", "s3", "toolmemory", "trainer")
 
 
 def test_none_is_left_out() -> None:
