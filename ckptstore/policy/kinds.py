@@ -13,6 +13,8 @@ _SAVED = (
     (re.compile(r"step \d+"), "named steps"),
     (re.compile(re.escape(MILESTONE) + ".+"), "milestones"),
     (re.compile(r"rollback to .+"), "rollbacks"),
+    (re.compile(r"imported from .+", re.DOTALL), "imports"),
+    (re.compile(r"((weighted |greedy soup, )?average|exponential average \(.+?\)|and) of .+", re.DOTALL), "averages"),
 )
 # What is meant to stay longest comes first: of several rules that keep a checkpoint it is shown as that.
 _KEPT = (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 
 import torch
 
@@ -17,6 +19,9 @@ from ckptstore.opening import open
 from ckptstore.store import Store
 from ckptstore.tools.merging import Mean, result_type
 from ckptstore.tools.parents import chosen
+
+_LONG_NAMES = 200
+_REASON_LENGTH = 1000
 
 Target = Store | str | os.PathLike[str] | None
 
@@ -77,25 +82,22 @@ def average(
     parents = chosen(store, selectors, last=last, best=best)
     order = sorted(range(len(parents)), key=lambda number: parents[number].order)
     given = _weights(len(parents), weights, ema)
-    if ema is None:
-        given = [given[number] for number in order]
+    ordered = [given[number] for number in order]
     parents = [parents[number] for number in order]
+    shares = shares_of(ordered) if ema is None else [1.0, *[1 - ema] * (len(parents) - 1)]
     rounded = result_type(dtype)
     with opened(store, target) as place, reading(store, parents) as readers:
-        mean = Mean(readers, given, only, rounded)
-        what = reason(parents, given if weights is not None else None, ema)
+        mean = Mean(readers, shares, only, rounded)
+        what = reason(parents, ordered if weights is not None else None, ema)
         return save(place, mean, parents[-1], what + origin(store, place), whole=only is None, progress=progress)
 
 
 def _weights(count: int, weights: Sequence[float] | None, ema: float | None) -> list[float]:
-    """What each of them weighs; with ``ema`` oldest first."""
+    """What each of them weighs, where ``ema`` doesn't say it."""
     if weights is not None and ema is not None:
         raise FormatError("weights and ema can't both be given: an exponential average weighs by age")
-    if ema is not None:
-        if type(ema) not in (int, float) or not 0 < ema < 1:
-            raise FormatError(f"ema={ema!r} must be a number between 0 and 1, as 0.9")
-        # Weights whose shares among those before them are 1 - ema each.
-        return [1.0, *((1 - ema) / ema**number for number in range(1, count))]
+    if ema is not None and (type(ema) not in (int, float) or not 0 < ema < 1):
+        raise FormatError(f"ema={ema!r} must be a number between 0 and 1, as 0.9")
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
@@ -105,18 +107,32 @@ def _weights(count: int, weights: Sequence[float] | None, ema: float | None) -> 
     return [float(weight) for weight in weights]
 
 
+def shares_of(weights: Sequence[float]) -> list[float]:
+    """The share that each has in the mean of itself and those before it."""
+    return [own / sofar for own, sofar in zip(weights, accumulate(weights), strict=True)]
+
+
 def _is_weight(number: object) -> bool:
     return isinstance(number, int | float) and 0 < number < math.inf
 
 
 def reason(parents: Sequence[Checkpoint], weights: Sequence[float] | None, ema: float | None) -> str:
     """What an average is of, as its commit record says it."""
+    names = [parent.id for parent in parents]
+    if len(names) > _LONG_NAMES:
+        # The beginning of an id names it within its store.
+        names = ["-".join(name.split("-")[:2]) for name in names]
     if weights is None:
-        ids = ", ".join(parent.id for parent in parents)
+        ids = ", ".join(names)
         return f"average of {ids}" if ema is None else f"exponential average ({ema:g}) of {ids}"
     total = sum(weights)
-    each = (f"{parent.id} ({weight / total:.4g})" for parent, weight in zip(parents, weights, strict=True))
+    each = (f"{name} ({weight / total:.4g})" for name, weight in zip(names, weights, strict=True))
     return f"weighted average of {', '.join(each)}"
+
+
+def _in_lines(reason: str) -> list[str]:
+    """A reason in as many as it takes: each has its limit in the commit record."""
+    return textwrap.wrap(reason, _REASON_LENGTH, subsequent_indent="and of ", break_on_hyphens=False)
 
 
 def origin(store: Store, target: Store) -> str:
@@ -160,7 +176,9 @@ def save(
     """
     state = mean.streamed(newest.parameters if whole else 0)
     try:
-        return place.save_streamed(state, step=newest.step, epoch=newest.epoch, reasons=[reason], progress=progress)
+        return place.save_streamed(
+            state, step=newest.step, epoch=newest.epoch, reasons=_in_lines(reason), progress=progress
+        )
     except SaveFailedError as error:
         if isinstance(error.__cause__, IntegrityError):
             # The parent is what is wrong; that nothing was saved follows from it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Mean:
 
     Args:
         readers: of the checkpoints, the newest last.
-        weights: of each, over 0.
+        shares: of each in the mean of itself and those before it: 1 for the first.
         only: patterns of names, as ``taken``.
         dtype: that floating-point tensors are rounded to; None: that of the newest checkpoint.
 
@@ -74,13 +73,13 @@ class Mean:
     def __init__(
         self,
         readers: Sequence[TensorReader],
-        weights: Sequence[float],
+        shares: Sequence[float],
         only: Sequence[str] | None,
         dtype: torch.dtype | None,
     ) -> None:
         self._readers = list(readers)
         # What each weighs among those up to it: so the mean of equal numbers is that number, to the bit.
-        self._shares = [own / sofar for own, sofar in zip(weights, accumulate(weights), strict=True)]
+        self._shares = shares
         self.tree = taken(self._readers[-1].tree, only)
         kinds = dict(named(self.tree))
         self._check(kinds, only)

@@ -13,7 +13,7 @@ from ckptstore.engine.tensorreader import TensorReader
 from ckptstore.engine.workers import Progress
 from ckptstore.errors import FormatError
 from ckptstore.store import Store
-from ckptstore.tools.average import Target, opened, origin, reading, reason, save
+from ckptstore.tools.average import Target, opened, origin, reading, reason, save, shares_of
 from ckptstore.tools.merging import Mean, result_type
 from ckptstore.tools.parents import chosen
 
@@ -55,11 +55,11 @@ def greedy_soup(
     rounded = result_type(dtype)
     with opened(store, target) as place, reading(store, parents) as readers:
         # Misfits are found before anything is scored.
-        Mean(readers, [1.0] * len(readers), only, rounded)
+        Mean(readers, _uniform(len(readers)), only, rounded)
 
         def mean(numbers: Sequence[int]) -> Mean:
             inside: list[TensorReader] = [readers[number] for number in sorted(numbers)]
-            return Mean(inside, [1.0] * len(inside), only, rounded)
+            return Mean(inside, _uniform(len(inside)), only, rounded)
 
         def rate(numbers: Sequence[int]) -> float:
             value = float(score(mean(numbers).plain()))
@@ -69,6 +69,10 @@ def greedy_soup(
         inside = [parents[number] for number in sorted(soup)]
         what = f"greedy soup, {reason(inside, None, None)}{origin(store, place)}"
         return save(place, mean(soup), inside[-1], what, whole=only is None, progress=progress)
+
+
+def _uniform(count: int) -> list[float]:
+    return shares_of([1.0] * count)
 
 
 def _soup(count: int, rate: Callable[[Sequence[int]], float]) -> list[int]:

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 import ckptstore as cs
 from ckptstore.engine.tensorreader import CACHE_BYTES
+from ckptstore.policy.kinds import kinds
 from ckptstore.tools.parents import chosen
 from tests.ranks import golden
 
@@ -102,6 +103,21 @@ def test_it_is_what_torch_makes(ema: float | None) -> None:
         target.load("latest", into={"model": Net()})
         assert target.verify().ok
         assert [c.id for c in store.checkpoints()] == [c.id for c in parents]
+
+
+def test_many_parents_are_all_named() -> None:
+    """In as many reasons as it takes; where there are very many, by the beginnings of their ids."""
+    with cs.open(memory()) as store, cs.open(memory()) as target:
+        ids = [store.save({"model": {"w": torch.full((3,), float(step))}}, step=step).id for step in range(210)]
+        for count, name in ((150, ids), (210, ["-".join(id.split("-")[:2]) for id in ids])):
+            made = cs.average(store, ids[:count], target=target)
+            assert len(made.reasons) > 1
+            assert kinds(made.reasons) == ["averages"]
+            assert all(name[number] in " ".join(made.reasons) for number in range(count))
+            assert float(target.load("latest")["model"]["w"][0]) == pytest.approx((count - 1) / 2)
+        # Whose weights as numbers would be beyond all bounds.
+        cs.average(store, ids, ema=1e-9, target=target)
+        assert float(target.load("latest")["model"]["w"][0]) == pytest.approx(209)
 
 
 def floats(dtype: torch.dtype) -> st.SearchStrategy[torch.Tensor]:
