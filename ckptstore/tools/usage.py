@@ -12,6 +12,7 @@ from ckptstore.engine.catalogue import Checkpoint, read_holds
 from ckptstore.engine.workers import Progress
 from ckptstore.maintenance.retire import holders, incomplete, trash_bytes
 from ckptstore.policy.judge import judge
+from ckptstore.policy.kinds import saved_as
 from ckptstore.policy.progress import MILESTONE
 from ckptstore.policy.retention import AnyOf, AtMost, Keep, Situation, rules_of
 from ckptstore.policy.rules import Best, Epochs, MilestonesKept
@@ -239,7 +240,7 @@ def _reasons(checkpoints: Sequence[Checkpoint]) -> Roles:
     for c in checkpoints:
         for reason in c.reasons:
             if not reason.startswith(MILESTONE) and not _EPOCH.fullmatch(reason):
-                kinds.setdefault(_NUMBER.sub("N", reason), {}).setdefault(reason, set()).add(c.id)
+                kinds.setdefault(_NUMBER.sub("N", saved_as(reason)), {}).setdefault(reason, set()).add(c.id)
     named = {next(iter(each)) if len(each) == 1 else kind: each for kind, each in sorted(kinds.items())}
     return {name: set().union(*each.values()) for name, each in named.items()}
 
