@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -73,7 +74,9 @@ def _export(to: str) -> Callable[[str], object]:
         import ckptstore as cs
 
         with cs.open(_store(folder), read_only=True) as store:
-            return cs.export(store, "latest", os.path.join(folder, "exported"), to=to, overwrite=True)  # type: ignore[arg-type]
+            made = cs.export(store, "latest", os.path.join(folder, f"exported-{to}"), to=to)  # type: ignore[arg-type]
+        shutil.rmtree(made.path) if made.path.is_dir() else made.path.unlink()
+        return made
 
     return run
 

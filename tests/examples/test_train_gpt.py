@@ -29,6 +29,7 @@ def losses(folder: Path, name: str) -> dict[int, str]:
     return {record["step"]: record["hex"] for record in map(json.loads, lines)}
 
 
+@pytest.mark.full  # the demo's own test kills and resumes it, too
 def test_killed_and_resumed_training_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
     """Every loss before the kill and after it, in hex, is that of the uninterrupted run."""
     whole = start(tmp_path, "whole", "other")
