@@ -204,7 +204,8 @@ def listing(server: Server, checkpoints: int, rounds: int) -> dict[str, Any]:
             way.forget()
             with cs.open(url, storage_options=way.options(server.options), read_only=True) as store:
                 seconds.append(timed(lambda store=store: store.checkpoints()))  # type: ignore[misc]
-    return {"checkpoints": checkpoints, "delay_s": DELAY_S, "seconds": seconds, "requests": dict(way.kinds())}
+        requests = dict(way.kinds())
+    return {"checkpoints": checkpoints, "delay_s": DELAY_S, "seconds": seconds, "requests": requests}
 
 
 def _memory(server: Server, rounds: int, *, small: bool) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckptstore as cs
-from ckptstore.tools.importing import plain
+from ckptstore.tools.importing import plain, reader
 from ckptstore.tools.importing.sandbox import Reader
 from tests.tools.test_importing import boxes
 
@@ -114,3 +114,16 @@ def test_lists_that_name_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "_MAX_PLAIN", 10_000)
     with pytest.raises(cs.FormatError, match="again and again"):
         plain.Plainer().walk([[1] * 1000] * 11, "")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
+def test_any_bytes_of_a_tensor_that_is_not_contiguous(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its rows are."""
+    monkeypatch.setattr(reader, "_PIECE", piece)
+    base = torch.arange(2 * 3 * 4 * 5, dtype=torch.int32).reshape(2, 3, 4, 5)
+    for tensor in (base.permute(3, 1, 0, 2), base.transpose(0, 3), base[..., ::2], base[:, 0, 0].t()):
+        image = tensor.contiguous().numpy().tobytes()
+        for offset in range(0, len(image), 13):
+            for length in (1, 10, len(image) - offset):
+                length = min(length, len(image) - offset)
+                assert bytes(reader._by_rows(tensor, offset, length)) == image[offset : offset + length]

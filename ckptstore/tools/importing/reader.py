@@ -161,9 +161,15 @@ def _reading(source: TensorSource, chunked: dict[int, ChunkedTensor]) -> Callabl
 
 
 def _by_rows(tensor: torch.Tensor, offset: int, length: int) -> memoryview:
-    """Some bytes of a tensor that isn't contiguous, of which only the rows needed are copied."""
+    """Some bytes of a tensor that isn't contiguous, of which only the rows needed are copied; of long ones a part."""
     row_bytes = tensor.numel() // tensor.shape[0] * tensor.element_size()
-    first = offset // row_bytes
-    image = tensor_image(tensor[first : -(-(offset + length) // row_bytes)])
+    first, end = offset // row_bytes, -(-(offset + length) // row_bytes)
+    if row_bytes > _PIECE:
+        parts = bytearray()
+        for row in range(first, end):
+            begin = max(offset - row * row_bytes, 0)
+            parts += _by_rows(tensor[row], begin, min(offset + length - row * row_bytes, row_bytes) - begin)
+        return memoryview(parts)
+    image = tensor_image(tensor[first:end])
     begin = offset - first * row_bytes
     return image[begin : begin + length].data
