@@ -239,8 +239,9 @@ class TensorSource:
 def tensor_image(tensor: torch.Tensor) -> Bytes:
     """The tensor's bytes, as a view of its own memory where that is contiguous and on the CPU."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    tensor = tensor.view(CARRIERS[tensor.element_size()])
-    image: Bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.view(CARRIERS[tensor.element_size()]).cpu().contiguous()
+    # Not reshaped: a single element is contiguous whatever its stride is, and keeps it.
+    image: Bytes = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return image
 
 
