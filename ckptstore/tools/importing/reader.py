@@ -164,7 +164,7 @@ def _by_rows(tensor: torch.Tensor, offset: int, length: int) -> memoryview:
     """Some bytes of a tensor that isn't contiguous, of which only the rows needed are copied; of long ones a part."""
     row_bytes = tensor.numel() // tensor.shape[0] * tensor.element_size()
     first, end = offset // row_bytes, -(-(offset + length) // row_bytes)
-    if row_bytes > _PIECE:
+    if tensor.dim() > 1 and row_bytes > _PIECE:
         parts = bytearray()
         for row in range(first, end):
             begin = max(offset - row * row_bytes, 0)
