@@ -262,6 +262,18 @@ def test_from_accelerate(accelerate: Path, store: cs.Store) -> None:
         check(store, checkpoint, found.files)
 
 
+def test_back_to_accelerate(accelerate: Path, store: cs.Store, tmp_path: Path) -> None:
+    """Its own loaders read what was imported and exported."""
+    from accelerate import load_checkpoint_in_model
+
+    latest = imported(accelerate, store)[-1]
+    kept = store.load(latest.id)
+    for name, model in (("model", torch.nn.Linear(3, 2)), ("model_1", torch.nn.Linear(2, 1))):
+        cs.export(store, latest.id, tmp_path / name, to="hf", only=[f"{name}/*"])
+        load_checkpoint_in_model(model, tmp_path / name)
+        assert same(model.state_dict(), kept[name])
+
+
 # -- Lightning -------------------------------------------------------------------------------------------
 
 
@@ -313,6 +325,36 @@ def test_what_lightning_leaves(lightning: Path) -> None:
     assert told[4].left_out["last.ckpt"] == "holds the same as epoch=1-step=16.ckpt"
     version = lightning / "lightning_logs" / "version_0"
     assert find(version) == find(version / "checkpoints") == found
+
+
+def test_back_to_lightning(lightning: Path, store: cs.Store, tmp_path: Path) -> None:
+    """Its trainer goes on from what was imported and exported as from its own file."""
+    from lightning.pytorch import Trainer
+
+    from tests.integrations.lightning_program import Model, Options, quiet
+
+    (own,) = lightning.rglob("epoch=0-step=8.ckpt")
+    saved = next(c for c in imported(lightning, store) if c.step == 8)
+    cs.export(store, saved.id, tmp_path / "exported.ckpt", to="torch")
+    ends = []
+    for path in (own, tmp_path / "exported.ckpt"):
+        with warnings.catch_warnings():
+            quiet()
+            # What the file of Lightning's doesn't hold.
+            torch.manual_seed(0)
+            model = Model(Options(None, str(tmp_path / "notes")))
+            trainer = Trainer(
+                accelerator="cpu",
+                default_root_dir=tmp_path,
+                max_epochs=2,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                logger=False,
+            )
+            trainer.fit(model, ckpt_path=path)
+        assert trainer.global_step == 16
+        ends.append([model.state_dict(), trainer.optimizers[0].state_dict()])
+    assert same(*ends)
 
 
 def test_lightnings_link_to_the_last(lightning: Path, tmp_path: Path) -> None:
