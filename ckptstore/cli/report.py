@@ -10,7 +10,7 @@ from ckptstore.cli import texts
 from ckptstore.cli.access import backup_option, looking
 from ckptstore.cli.outcome import BAD_NEWS, CommandError
 from ckptstore.cli.prune import rules_of
-from ckptstore.cli.terminal import emit, json_option, note
+from ckptstore.cli.terminal import emit, json_option, note, working
 
 _STDOUT = "-"
 
@@ -70,7 +70,7 @@ def report(
             raise CommandError(str(error), code="no_plotly") from error
     if path is not None:
         check_target(path, force=force)
-    with looking(url, backups) as (store, _):
+    with working("reading records"), looking(url, backups) as (store, _):
         shown = document(survey(store, keep=rules))
     if path is not None:
         write_page(path, page(shown), force=force)

@@ -117,6 +117,18 @@ def count_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextmanager
+def working(title: str) -> Iterator[None]:
+    """A sign of life on stderr while nobody knows how much is left, where that is a terminal."""
+    if not _animated():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title):
+        yield
+
+
+@contextmanager
 def round_progress() -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar over operations on stderr that says which one runs, or None where that is no terminal."""
     if not _animated():
