@@ -204,7 +204,7 @@ class View:
             IntegrityError: damaged (for ``latest``: all of them). With ``into=`` the target may hold a part.
             StateError: the target doesn't fit; all misfits are listed, nothing was changed.
         """
-        _check_patterns(only)
+        check_patterns(only)
         _check_strict(strict)
         if into is not None:
             if rank is not None:
@@ -290,7 +290,7 @@ class View:
             IntegrityError: what has to be read is damaged.
             StateError: ``state`` has something that can't be saved, or a pattern matches nothing.
         """
-        _check_patterns(only)
+        check_patterns(only)
         checkpoint = self._finder.select(self._finder.view(), selector)
         try:
             with self.loading(checkpoint, None) as loader:
@@ -472,7 +472,8 @@ class View:
         return holds
 
 
-def _check_patterns(only: object) -> None:
+def check_patterns(only: object) -> None:
+    """Nothing, if ``only`` is no text, whose letters would be patterns (StateError)."""
     if isinstance(only, str):
         raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
 

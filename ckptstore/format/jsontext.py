@@ -29,7 +29,7 @@ def parse_json(data: bytes, key: str, *, limit: int) -> Any:
         raise FormatError(f"{key} has {len(data)} bytes, more than the {limit} allowed", key=key)
     try:
         return json.loads(
-            data.decode("ascii"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+            data.decode("ascii"), object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=_finite
         )
     except RecursionError as error:
         raise FormatError(f"{key} is nested too deeply", key=key) from error
@@ -37,14 +37,16 @@ def parse_json(data: bytes, key: str, *, limit: int) -> Any:
         raise FormatError(f"{key} is no valid JSON: {error}", key=key) from error
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``json.loads``; ValueError where a key stands in it twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object has the same key twice")
     return found
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """What ``json.loads`` calls for nan and the infinities, which JSON lacks (ValueError)."""
     raise ValueError(f"{name} is no JSON number")
 
 

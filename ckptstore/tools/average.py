@@ -108,7 +108,7 @@ def _weights(count: int, weights: Sequence[float] | None, ema: float | None) -> 
 
 
 def shares_of(weights: Sequence[float]) -> list[float]:
-    """The share that each has in the mean of itself and those before it."""
+    """The share of each in the mean of itself and those before it: of equal numbers that is the number, to the bit."""
     return [own / sofar for own, sofar in zip(weights, accumulate(weights), strict=True)]
 
 

@@ -15,6 +15,7 @@ from ckptstore.tools import difftrees
 from ckptstore.tools.difftensors import KINDS, Comparison, TensorChange
 from ckptstore.tools.difftrees import StepChange, ValueChange, sights
 from ckptstore.tools.outline import nodes, wanted
+from ckptstore.view import check_patterns
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def diff(
         StateError: a pattern matches nothing.
         IntegrityError: what has to be read is damaged.
     """
-    if isinstance(only, str):
-        raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
+    check_patterns(only)
     patterns, place = list(only or ()), other or store
     sides = store.resolve(before), place.resolve(after)
     cache = BlockCache()

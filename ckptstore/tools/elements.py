@@ -1,20 +1,16 @@
-"""Stored tensors as torch's, piece by piece: what is looked at or computed with need not fit into memory."""
+"""What the elements of a stored tensor are, and how torch computes with many of them in one thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from ckptstore.engine.tensorreader import TensorReader
 from ckptstore.errors import FormatError
 from ckptstore.format.tensorfile import ITEM_BYTES, TensorRow
 from ckptstore.state.dtypes import numpy_dtype, numpy_stored, torch_dtype
 from ckptstore.state.tensors import TensorSpec, tensor_shape
-
-CHUNK_BYTES = 8 << 20
 
 _SERIAL = 3 << 13
 """From 32,768 elements on torch computes with a team of threads."""
@@ -82,35 +78,3 @@ def elements(row: TensorRow) -> Elements:
     if stored is None or cut < 0 or row.shape[cut:] != stored.tail:
         raise FormatError(f"{row.name!r:.100} isn't stored as its type {row.logical} is")
     return Elements(size * prod(stored.tail), row.shape[:cut], None, False)
-
-
-def chunks(reader: TensorReader, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-    """A tensor's elements, flat and in their own type, and the index of the first of each chunk.
-
-    Args:
-        reader: of the checkpoint that has it.
-        name: as in ``reader.tensors``.
-        chunk_bytes: the most in a chunk.
-
-    Raises:
-        NotFoundError, IntegrityError, StorageError: as ``TensorReader.read_into``.
-        FormatError: as ``element_type``.
-    """
-    row = reader.tensors[name]
-    dtype = element_type(row)
-    step = max(1, chunk_bytes // dtype.itemsize)
-    for begin in range(0, row.nbytes // dtype.itemsize, step):
-        count = min(step, row.nbytes // dtype.itemsize - begin)
-        yield begin, read_elements(reader, name, begin, count)
-
-
-def read_elements(reader: TensorReader, name: str, begin: int, count: int) -> torch.Tensor:
-    """Some elements of a tensor, flat and in their own type.
-
-    Raises:
-        NotFoundError, IntegrityError, StorageError, FormatError: as ``chunks``.
-    """
-    dtype = element_type(reader.tensors[name])
-    image = bytearray(count * dtype.itemsize)
-    reader.read_into(name, begin * dtype.itemsize, memoryview(image))
-    return torch.frombuffer(image, dtype=dtype) if image else torch.empty(0, dtype=dtype)

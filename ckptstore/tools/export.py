@@ -14,7 +14,7 @@ import torch
 from ckptstore.engine.catalogue import Checkpoint
 from ckptstore.engine.tensorreader import BlockCache, TensorReader
 from ckptstore.engine.workers import Progress
-from ckptstore.errors import CheckpointError, FormatError, StateError
+from ckptstore.errors import CheckpointError, FormatError
 from ckptstore.format.tensorfile import BLOCK_BYTES
 from ckptstore.state.select import Selection
 from ckptstore.state.values import Json
@@ -27,7 +27,7 @@ from ckptstore.tools.exporting.tensorfiles import TensorsFile
 from ckptstore.tools.exporting.torchfile import TorchFile
 from ckptstore.tools.exporting.weights import Weights
 from ckptstore.units import size_bytes
-from ckptstore.view import View
+from ckptstore.view import View, check_patterns
 
 Target: TypeAlias = Literal["hf", "safetensors", "torch", "dcp"]
 
@@ -126,8 +126,7 @@ def export(
     """
     begin = time.monotonic()
     order = _order(path, to, dtype, max_shard_bytes, config)
-    if isinstance(only, str):
-        raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
+    check_patterns(only)
     checkpoint = store.resolve(selector)
     with (
         workplace(order.path, folder=to in ("hf", "dcp"), overwrite=overwrite, is_one=_is_one(to)) as work,

@@ -78,7 +78,6 @@ class Mean:
         dtype: torch.dtype | None,
     ) -> None:
         self._readers = list(readers)
-        # What each weighs among those up to it: so the mean of equal numbers is that number, to the bit.
         self._shares = shares
         self.tree = taken(self._readers[-1].tree, only)
         kinds = dict(named(self.tree))

@@ -9,6 +9,8 @@ from ckptstore.errors import StateError
 from ckptstore.state.merge import APART
 from ckptstore.state.select import ABSENT, Selection
 from ckptstore.state.values import DICT_KINDS, TAG
+from ckptstore.tools.outline import TENSORS
+from ckptstore.view import check_patterns
 
 _MODELS = ("model", "module", "state_dict")
 """Entries that hold weights where nothing in a state was a module when it was saved."""
@@ -24,8 +26,7 @@ def taken(tree: Any, only: Sequence[str] | None) -> Any:
         FormatError: the tree is malformed.
     """
     if only is not None:
-        if isinstance(only, str):
-            raise StateError(f"only={only!r} must be a list of patterns: only=[{only!r}]", path="only")
+        check_patterns(only)
         return _closed(Selection(only, whole_statefuls=False).prune(tree))
     modules = _modules(tree, 0)
     if modules is not ABSENT:
@@ -75,7 +76,7 @@ def named(node: Any) -> Iterator[tuple[str, str]]:
             yield from named(item)
     elif isinstance(node, dict):
         kind = node.get(TAG)
-        field = {"tensor": "name", "ndarray": "name", "bytes": "tensor", "bytearray": "tensor"}.get(str(kind))
+        field = TENSORS.get(str(kind))
         if field is None:
             for item in node.values():
                 yield from named(item)

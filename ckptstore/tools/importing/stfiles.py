@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ckptstore.errors import FormatError, IntegrityError, StateError
+from ckptstore.format.jsontext import no_constant, no_duplicates
 from ckptstore.format.tensorfile import HEADER_LIMIT
 from ckptstore.state.dtypes import CODE_BYTES
 from ckptstore.state.tensors import MAX_DIMENSIONS
@@ -56,7 +57,7 @@ class SafetensorsFile:
             raise IntegrityError(f"{path} was cut off: it has {size} bytes, and its header {length}", key=str(path))
         begin = _LENGTH.size + length
         try:
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant)
             self.metadata, self.entries = _checked(header, begin)
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise FormatError(f"{path} has a malformed header: {error}", key=str(path)) from error
@@ -82,17 +83,6 @@ class SafetensorsFile:
             if not count:
                 raise IntegrityError(f"{self._path} was cut off while it was read", key=str(self._path))
             done += count
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _checked(header: Any, base: int) -> tuple[Mapping[str, str], dict[str, Entry]]:
